@@ -1,0 +1,182 @@
+"""Devices: what sits on a bus. Data and state only; binding is `mdevkit.dd`, the life cycle is `mdevkit.registry`.
+
+A device's state changes under `Device.lock` alone, and that lock is never held while a driver or a vendor is called: a
+transition is claimed (`claim`), the call is made, the outcome is stored (`settle`). Whoever finds a device in the middle
+of a transition waits, except on its own thread, where that would wait for itself: EDEADLK.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from mdevkit.errors import MdevError
+
+if TYPE_CHECKING:
+    from mdevkit.driver import Endpoint
+    from mdevkit.parent import MdevType, Parent
+
+
+class State(StrEnum):
+    """Where a device is in its life."""
+
+    #: The vendor's create or the first probe runs; nobody else can see the device.
+    CREATING = "creating"
+    UNBOUND = "unbound"
+    #: A driver's probe runs.
+    PROBING = "probing"
+    BOUND = "bound"
+    #: A driver's remove runs.
+    UNBINDING = "unbinding"
+    #: A driver asked to be tried again after the next successful bind.
+    DEFERRED = "deferred"
+    REMOVING = "removing"
+    #: Removed; only references held by callers are left.
+    GONE = "gone"
+
+
+#: States in which somebody is at work and others wait.
+_TRANSITIONS = frozenset({State.PROBING, State.UNBINDING})
+
+
+class Device:
+    """A device on a bus (struct device). Public attributes are read-only to everybody but core and the device's vendor."""
+
+    def __init__(self, name: str, bus: str, parent: Device | Parent | None = None) -> None:
+        #: Unique on its bus.
+        self.name = name
+        #: Name of the bus it sits on.
+        self.bus = bus
+        self.parent = parent
+        #: Condition guarding `state`: the life-cycle lock of the parent at the root of the tree.
+        self.lock: threading.Condition = parent.lock if parent is not None else threading.Condition()
+        self.state = State.CREATING
+        #: Name of the driver that is bound.
+        self.driver: str | None = None
+        #: When set, only the driver of this name is tried, whatever its id table.
+        self.driver_override: str | None = None
+        #: What the driver offers to the outside while bound.
+        self.endpoint: Endpoint | None = None
+        #: Where the endpoint's socket shall be; None lets the driver choose.
+        self.endpoint_path: str | None = None
+        #: Why the last probe failed or was deferred.
+        self.error: MdevError | None = None
+        #: For whoever made the device (dev_set_drvdata); core never looks.
+        self.drvdata: Any = None
+        self.suspended = False
+        #: Devices below this one, in the order they were added.
+        self.children: dict[str, Device] = {}
+        self._owner: int | None = None
+
+    def __str__(self) -> str:
+        return f"device {self.name}"
+
+    @property
+    def match(self) -> str:
+        """What drivers' id tables hold for this device; the part of MODALIAS after the bus."""
+        return self.name
+
+    @property
+    def modalias(self) -> str:
+        """``<bus>:<match>``, by which a driver's package is found."""
+        return f"{self.bus}:{self.match}"
+
+    def uevent(self) -> dict[str, str]:
+        """Return the variables every event of this device carries."""
+        return {"MODALIAS": self.modalias}
+
+    def claim(self, wanted: State) -> State:
+        """Enter the transition `wanted` and return the state left.
+
+        Waits while another thread is in a transition. Raises EAGAIN while the device is created or removed, ENODEV
+        once it is gone, EDEADLK for a call back from this device's own probe or remove.
+        """
+        with self.lock:
+            while self.state in _TRANSITIONS:
+                if self.claimed_here:
+                    raise MdevError(errno.EDEADLK, f"{self} is {self.state} on this very thread", self)
+                self.lock.wait()
+            if self.state is State.GONE:
+                raise MdevError(errno.ENODEV, f"{self} is gone", self)
+            if self.state in {State.CREATING, State.REMOVING}:
+                raise MdevError(errno.EAGAIN, f"{self} is {self.state}; try again", self)
+            before, self.state = self.state, wanted
+            self._owner = threading.get_ident()
+            return before
+
+    @property
+    def claimed_here(self) -> bool:
+        """Whether the calling thread is inside a transition of this device."""
+        return self._owner == threading.get_ident()
+
+    def settle(self, state: State) -> None:
+        """Leave the transition claimed before; called with or without `lock` held."""
+        with self.lock:
+            self.state = state
+            self._owner = None
+            self.lock.notify_all()
+
+
+class Mdev(Device):
+    """A mediated device (struct mdev_device): opaque to everybody but its vendor.
+
+    A bus brings a subclass with a typed setter and getter for its ops (V12's composition by size).
+    """
+
+    parent: Parent
+
+    def __init__(self, uuid: UUID, type_: MdevType, params: Mapping[str, Any]) -> None:
+        super().__init__(str(uuid), type_.bus, type_.parent)
+        #: What the device is called everywhere.
+        self.uuid = uuid
+        self.type = type_
+        #: Checked create parameters, as given to the vendor.
+        self.params = params
+        self._class_id = 0
+        self._ops: Any = None
+
+    @property
+    def class_id(self) -> int:
+        """The class id (u16, per bus); 0 until the vendor has set it."""
+        return self._class_id
+
+    @property
+    def match(self) -> str:
+        """``c%02X`` of the class id, as the V12 series' modpost writes it."""
+        return f"c{self._class_id:02X}"
+
+    def uevent(self) -> dict[str, str]:
+        """See `Device.uevent`."""
+        return {"MODALIAS": self.modalias, "MDEV_TYPE": self.type.id, "MDEV_PARENT": self.parent.name}
+
+    def get_attribute(self, name: str) -> Any:
+        """Read an attribute: ENOENT, EACCES, or what the vendor raises."""
+        return self.type.device_table.read(name, self)
+
+    def set_attribute(self, name: str, value: Any) -> None:
+        """Check and set an attribute: ENOENT, EACCES, EINVAL, or what the vendor raises."""
+        self.type.device_table.write(name, value, self)
+
+    def _set_class(self, class_id: int, ops: Any) -> None:
+        """Set class id and ops together, once, inside create; for the typed setters of the buses.
+
+        EBUSY on a second set, EINVAL outside create, for class id 0 or beyond u16, and for missing ops.
+        """
+        if self._class_id:
+            raise MdevError(errno.EBUSY, f"{self}: class id and ops are already set (class id {self._class_id})", self)
+        if self.state is not State.CREATING:
+            raise MdevError(errno.EINVAL, f"{self}: class id and ops can be set inside create only", self)
+        if not 0 < class_id <= 0xFFFF:
+            raise MdevError(errno.EINVAL, f"{self}: class id {class_id} is not between 1 and 65535", self)
+        self._class_id = class_id
+        self._ops = ops
+
+    def _get_ops(self, class_id: int) -> Any:
+        """Return the ops set for `class_id`; EINVAL when the device has another class or none. For the typed getters."""
+        if self._class_id != class_id:
+            raise MdevError(errno.EINVAL, f"{self} has class id {self._class_id}, not {class_id}", self)
+        return self._ops

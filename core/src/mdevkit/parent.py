@@ -1,0 +1,208 @@
+"""Parents and what they state: types, and the pools instances are taken from.
+
+A vendor subclasses `ParentOps`; core makes a `Parent` of it when it is registered.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import threading
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mdevkit.attributes import Attribute, AttributeTable
+from mdevkit.errors import MdevError
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from mdevkit.device import Mdev
+    from mdevkit.dispatch import ParentHooks
+
+#: available_instances of a type that takes from no pool (INT_MAX, as mvnet_loopback reports).
+UNLIMITED = 2**31 - 1
+
+_GROUP = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+class Pool:
+    """A number of units that devices are made of: ports, megabytes, slots. Types may share one; any thread may ask.
+
+    `name` says what a unit is, in the plural ("ports"); `capacity` is how many there are.
+    """
+
+    def __init__(self, name: str, capacity: int) -> None:
+        self.name = name
+        self.capacity = capacity
+        self._used = 0
+        self._holders: dict[Hashable, int] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def free(self) -> int:
+        """Units nobody holds."""
+        return self.capacity - self._used
+
+    @property
+    def holders(self) -> dict[Hashable, int]:
+        """Who holds how many units."""
+        with self._lock:
+            return dict(self._holders)
+
+    def _shortage(self, units: int) -> str:
+        shown = [f"{holder} holds {held}" for holder, held in list(self._holders.items())[:4]]
+        if len(self._holders) > len(shown):
+            shown.append(f"and {len(self._holders) - len(shown)} more devices hold the rest")
+        held = f" ({', '.join(shown)})" if shown else ""
+        return f"{units} of {self.capacity} {self.name} wanted, {self.free} free{held}"
+
+
+def reserve(costs: Mapping[Pool, int], holder: Hashable, subject: Any) -> None:
+    """Take units from every pool, or from none: ENOSPC says what is short and who holds it."""
+    with ExitStack() as stack:
+        for pool in sorted(costs, key=id):
+            stack.enter_context(pool._lock)
+        for pool, units in costs.items():
+            if units > pool.free:
+                raise MdevError(errno.ENOSPC, f"{subject}: no instance available: {pool._shortage(units)}", subject)
+        for pool, units in costs.items():
+            pool._used += units
+            pool._holders[holder] = units
+
+
+def release(costs: Mapping[Pool, int], holder: Hashable) -> None:
+    """Give back what `reserve` took."""
+    for pool in costs:
+        with pool._lock:
+            pool._used -= pool._holders.pop(holder)
+
+
+@dataclass(eq=False)
+class MdevType:
+    """A kind of device a parent can create.
+
+    `group` is the vendor's short name; the type's `id`, its name in sysfs, is ``<parent driver>-<group>``. `name` and `description`
+    are for people. `bus` is the class bus its devices land on. Each instance takes `costs` units from the pools; without a pool
+    there is no limit. `attributes` belong to the type, `device_attributes` to each of its devices.
+    """
+
+    group: str
+    bus: str
+    device_api: str
+    name: str = ""
+    description: str = ""
+    costs: Mapping[Pool, int] = field(default_factory=dict)
+    attributes: Sequence[Attribute[Any]] = ()
+    device_attributes: Sequence[Attribute[Any]] = ()
+    #: Set when the parent is registered.
+    parent: Parent = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not _GROUP.fullmatch(self.group):
+            raise MdevError(errno.EINVAL, f"type group {self.group!r} is not a file name", self)
+        self.table = AttributeTable(self.attributes)
+        self.device_table = AttributeTable(self.device_attributes)
+
+    @property
+    def id(self) -> str:
+        """The name in sysfs and on the command line, e.g. ``mtty-2``."""
+        return f"{self.parent.driver_name}-{self.group}"
+
+    def __str__(self) -> str:
+        return f"type {self.id}"
+
+    @property
+    def available_instances(self) -> int:
+        """How many more can be created now."""
+        return min((pool.free // units for pool, units in self.costs.items()), default=UNLIMITED)
+
+
+class ParentOps:
+    """Base of a parent driver's ops: subclass it, state `name` and `types`, implement ``parent_create`` and ``parent_remove``.
+
+    One object serves one parent. See `mdevkit.hookspecs.ParentSpec` for the hooks.
+    """
+
+    #: The parent's name, unique over the registry: as under /sys/class/mdev_bus.
+    name: str = ""
+    #: The first part of type ids; the parent's name unless several parents share one driver (dev_driver_string).
+    driver_name: str = ""
+    #: Parents with the same key are functions of one card and run in one host; by default the name.
+    host_key: str = ""
+    types: Sequence[MdevType] = ()
+    #: Attributes of the parent itself.
+    attributes: Sequence[Attribute[Any]] = ()
+
+
+class Parent:
+    """A registered parent. `lock` guards its life cycle and the states of its devices; it is never held over a vendor call."""
+
+    def __init__(self, ops: ParentOps, hooks: ParentHooks) -> None:
+        self.ops = ops
+        self.hooks = hooks
+        self.name: str = ops.name
+        self.driver_name: str = ops.driver_name or ops.name
+        self.host_key: str = ops.host_key or ops.name
+        self.lock = threading.Condition()
+        self.table = AttributeTable(ops.attributes)
+        #: By id.
+        self.types: dict[str, MdevType] = {}
+        #: Devices that are there, in the order they were created.
+        self.mdevs: dict[UUID, Mdev] = {}
+        self.leaving = False
+        self.suspended = False
+        self._visitors: dict[int, int] = {}
+        for type_ in ops.types:
+            self._adopt(type_)
+
+    def __str__(self) -> str:
+        return f"parent {self.name}"
+
+    def _adopt(self, type_: MdevType) -> None:
+        if hasattr(type_, "parent"):
+            raise MdevError(errno.EBUSY, f"{self}: type {type_.group} already belongs to {type_.parent}", self)
+        type_.parent = self
+        if type_.id in self.types:
+            raise MdevError(errno.EEXIST, f"{self}: type {type_.id} is stated twice", self)
+        self.types[type_.id] = type_
+
+    def get_attribute(self, name: str) -> Any:
+        """Read an attribute of the parent."""
+        return self.table.read(name, self)
+
+    def set_attribute(self, name: str, value: Any) -> None:
+        """Check and set an attribute of the parent."""
+        self.table.write(name, value, self)
+
+    def enter(self) -> None:
+        """Begin a create or remove; ENODEV when the parent is leaving. Pair with `exit`."""
+        with self.lock:
+            if self.leaving:
+                raise MdevError(errno.ENODEV, f"{self} is being unregistered", self)
+            ident = threading.get_ident()
+            self._visitors[ident] = self._visitors.get(ident, 0) + 1
+
+    def exit(self) -> None:
+        """End what `enter` began."""
+        with self.lock:
+            ident = threading.get_ident()
+            self._visitors[ident] -= 1
+            if not self._visitors[ident]:
+                del self._visitors[ident]
+            self.lock.notify_all()
+
+    def leave(self) -> None:
+        """Refuse newcomers and wait for running creates and removes to end.
+
+        ENODEV when somebody else is unregistering it, EDEADLK from inside a call of its own.
+        """
+        with self.lock:
+            if threading.get_ident() in self._visitors:
+                raise MdevError(errno.EDEADLK, f"{self} cannot be unregistered from inside its own create or remove", self)
+            if self.leaving:
+                raise MdevError(errno.ENODEV, f"{self} is being unregistered", self)
+            self.leaving = True
+            self.lock.wait_for(lambda: not self._visitors)

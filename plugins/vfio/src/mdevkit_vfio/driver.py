@@ -1,0 +1,100 @@
+"""The driver ``vfio_mdev``: gives VFIO devices to hypervisors over vfio-user sockets.
+
+It binds every device of class VFIO on the ``mdev`` bus and serves it on a socket of its own: one client at a time, one thread per
+device. Hooks are called by core from any thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mdevkit.driver import Driver
+from mdevkit.errors import MdevError
+from mdevkit.hookspecs import hookimpl
+
+from mdevkit_vfio.bus import VfioBus, VfioMdev
+from mdevkit_vfio.server import Throttle, VfioUserServer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mdevkit.device import Device
+
+
+def default_socket(name: str) -> Path:
+    """Return the socket path for a device that asked for none: in $XDG_RUNTIME_DIR/mdevkit, or a private folder in /tmp."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    folder = Path(runtime) / "mdevkit" if runtime else Path(tempfile.gettempdir()) / f"mdevkit-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_private(folder)
+    return folder / f"{name}.sock"
+
+
+def _check_private(folder: Path) -> None:
+    """Refuse a folder somebody else made in a place where everybody may (CWE-379): EPERM."""
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022 or folder.is_symlink():
+        raise MdevError(errno.EPERM, f"{folder} is not a folder that only this user can write; set XDG_RUNTIME_DIR", folder)
+
+
+class VfioUserEndpoint:
+    """A bound device's vfio-user socket."""
+
+    def __init__(self, server: VfioUserServer) -> None:
+        self.server = server
+
+    def describe(self) -> Mapping[str, str]:
+        """See `mdevkit.driver.Endpoint.describe`."""
+        client = self.server.client
+        return {"kind": "vfio-user", "socket": str(self.server.path), "client": str(client) if client else ""}
+
+    def attach(self, client: str) -> Sequence[str]:
+        """Return QEMU's or libvirt's arguments; EOPNOTSUPP for DPDK, which has no vfio-user client."""
+        device = {"driver": "vfio-user-pci", "socket": {"type": "unix", "path": str(self.server.path)}}
+        qemu = ["-device", json.dumps(device, separators=(",", ":"))]
+        if client == "qemu":
+            return qemu
+        if client == "libvirt":
+            return ["<qemu:commandline>", *(f"  <qemu:arg value='{word}'/>" for word in qemu), "</qemu:commandline>"]
+        raise MdevError(errno.EOPNOTSUPP, f"{client} cannot use a vfio-user device", client)
+
+
+class VfioMdevDriver(Driver):
+    """The driver; one object serves any number of devices."""
+
+    name = "vfio_mdev"
+    bus = VfioBus.name
+    id_table = ("c01",)
+
+    def __init__(self) -> None:
+        self._throttle = Throttle()
+
+    @hookimpl
+    def driver_probe(self, device: Device) -> VfioUserEndpoint:
+        """Serve the device: EADDRINUSE, ENAMETOOLONG, ENOENT or EACCES for a socket path that cannot be used."""
+        mdev = VfioMdev.from_device(device)
+        path = Path(mdev.endpoint_path) if mdev.endpoint_path else default_socket(mdev.name)
+        server = VfioUserServer(mdev.get_ops(), path, mdev.name, throttle=self._throttle)
+        server.start()
+        return VfioUserEndpoint(server)
+
+    @hookimpl
+    def driver_remove(self, device: Device) -> None:
+        """Stop serving; nothing is left of socket, thread and connection."""
+        self._server(device).close()
+
+    @hookimpl
+    def driver_let_go(self, device: Device, timeout: float, force: bool) -> None:
+        """See `DriverSpec.driver_let_go`: the client is asked through the REQ interrupt."""
+        self._server(device).let_go(timeout, force)
+
+    @staticmethod
+    def _server(device: Device) -> VfioUserServer:
+        if not isinstance(device.endpoint, VfioUserEndpoint):
+            raise MdevError(errno.ENODEV, f"{device} is not served", device)
+        return device.endpoint.server
