@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from mdevkit.errors import MdevError, wrap
+from mdevkit.errors import MdevError, guard, shown
 
 T = TypeVar("T")
 
@@ -48,9 +48,9 @@ class Int(Kind[int]):
         try:
             value = int(text, 0)
         except ValueError:
-            raise ValueError(f"a whole number is wanted, not {text!r}") from None
+            raise ValueError(f"a whole number is wanted, not {shown(text)}") from None
         if not self.low <= value <= self.high:
-            raise ValueError(f"{value} is not between {self.low} and {self.high}")
+            raise ValueError(f"{shown(text.strip())[1:-1]} is not between {self.low} and {self.high}")
         return value
 
 
@@ -65,7 +65,11 @@ class Bool(Kind[bool]):
             return True
         if lowered in {"0", "n", "no", "false", "off"}:
             return False
-        raise ValueError(f"yes or no is wanted, not {text!r}")
+        raise ValueError(f"yes or no is wanted, not {shown(text)}")
+
+    def check(self, value: Any) -> bool:
+        """See `Kind.check`: not every value that Python takes for true is a yes."""
+        return value if isinstance(value, bool) else self.parse(str(value))
 
     def format(self, value: bool) -> str:
         """See `Kind.format`."""
@@ -81,7 +85,7 @@ class Choice(Kind[str]):
     def parse(self, text: str) -> str:
         """See `Kind.parse`."""
         if text not in self.words:
-            raise ValueError(f"one of {', '.join(self.words)} is wanted, not {text!r}")
+            raise ValueError(f"one of {', '.join(self.words)} is wanted, not {shown(text)}")
         return text
 
 
@@ -93,12 +97,21 @@ class Text(Kind[str]):
     expects: str = "text without control characters"
     longest: int = 4095
 
+    def __post_init__(self) -> None:
+        re.compile(self.pattern)  # a wrong pattern is found where it is stated, not when a user sets a value
+
+    def check(self, value: Any) -> str:
+        """See `Kind.check`: only text is text."""
+        if isinstance(value, str):
+            return self.parse(value)
+        raise ValueError(f"text is wanted, not {shown(value)}")
+
     def parse(self, text: str) -> str:
         """See `Kind.parse`."""
         if len(text) > self.longest:
             raise ValueError(f"at most {self.longest} characters are allowed, not {len(text)}")
         if not re.fullmatch(self.pattern, text):
-            raise ValueError(f"{self.expects} is wanted, not {text!r}")
+            raise ValueError(f"{self.expects} is wanted, not {shown(text)}")
         return text
 
 
@@ -121,7 +134,7 @@ class Attribute(Generic[T]):
     default: T | None = None
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
+        if not _NAME.fullmatch(self.name) or not {".", ".."}.isdisjoint(self.name.split("/")):
             raise ValueError(f"attribute name {self.name!r} is not a file name, or a folder and a file name")
 
     @property
@@ -131,10 +144,11 @@ class Attribute(Generic[T]):
 
     def parse(self, text: Any, subject: Any = None) -> T:
         """Return the checked value of `text`; MdevError EINVAL names the attribute and the accepted range."""
-        try:
-            return self.kind.check(text)
-        except ValueError as error:
-            raise MdevError(errno.EINVAL, f"attribute {self.name}: {error}", subject) from None
+        with guard(f"attribute {self.name}", subject):
+            try:
+                return self.kind.check(text)
+            except ValueError as error:
+                raise MdevError(errno.EINVAL, f"attribute {self.name}: {error}", subject) from None
 
 
 class AttributeTable(Mapping[str, "Attribute[Any]"]):
@@ -169,10 +183,8 @@ class AttributeTable(Mapping[str, "Attribute[Any]"]):
         attribute = self.find(name, subject)
         if attribute.show is None:
             raise MdevError(errno.EACCES, f"attribute {name} of {subject} cannot be read", subject)
-        try:
+        with guard(f"{subject}: reading {name}", subject):
             return attribute.show(subject)
-        except Exception as error:
-            raise wrap(error, f"{subject}: reading {name}", subject) from error
 
     def write(self, name: str, value: Any, subject: Any) -> None:
         """Check and store a value: ENOENT, EACCES (read-only), EINVAL, or what the vendor's `store` raises."""
@@ -180,10 +192,8 @@ class AttributeTable(Mapping[str, "Attribute[Any]"]):
         if attribute.store is None:
             raise MdevError(errno.EACCES, f"attribute {name} of {subject} is read-only", subject)
         checked = attribute.parse(value, subject)
-        try:
+        with guard(f"{subject}: setting {name}", subject):
             attribute.store(subject, checked)
-        except Exception as error:
-            raise wrap(error, f"{subject}: setting {name}", subject) from error
 
     def read_all(self, subject: Any) -> dict[str, str]:
         """Return the text of every attribute that can be read; one that fails shows its errno, as ``<EIO>``."""
@@ -191,7 +201,9 @@ class AttributeTable(Mapping[str, "Attribute[Any]"]):
         for name, attribute in self._by_name.items():
             if attribute.show is not None:
                 try:
-                    texts[name] = attribute.kind.format(self.read(name, subject))
+                    value = self.read(name, subject)
+                    with guard(f"{subject}: showing {name}", subject):
+                        texts[name] = attribute.kind.format(value)
                 except MdevError as error:
                     texts[name] = f"<{error.name}>"
         return texts

@@ -4,6 +4,9 @@
 `Device.settle`, so no lock is held while a driver runs, and any thread may call. Probing order: the override alone if one is
 set, else every matching driver by name; the first whose probe succeeds wins. A probe that asks to be deferred parks the device
 until another bind succeeds anywhere in the registry; the thread that bound retries the parked ones.
+
+No wake-up is lost: who probes reads the trigger before and compares after parking, and who binds counts the trigger up before
+looking at what is parked. An interrupt (KeyboardInterrupt in a plugin's code) leaves every device in a state it can rest in.
 """
 
 from __future__ import annotations
@@ -12,11 +15,13 @@ import errno
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from mdevkit.device import Device, State
-from mdevkit.dispatch import BusHooks, DriverHooks
-from mdevkit.errors import EPROBE_DEFER, MdevError, ProbeDeferredError
+from mdevkit.dispatch import BusHooks, DriverHooks, quietly
+from mdevkit.errors import EPROBE_DEFER, MdevError, ProbeDeferredError, brief, guard
 from mdevkit.events import Action, EventLog
 from mdevkit.hints import missing_driver
 
@@ -43,7 +48,10 @@ class DriverCore:
         self._events: Final = events
         self._load_drivers: Final = load_drivers
         self._wrappers: Final = wrappers
-        self._bound: Final[dict[tuple[str, str], dict[str, Device]]] = {}
+        #: What each driver has bound or is probing: a driver that is at work cannot be forgotten.
+        self._taken: Final[dict[tuple[str, str], dict[str, Device]]] = {}
+        #: Drivers that are being removed: they get no new device.
+        self._leaving: Final[set[tuple[str, str]]] = set()
         self._devices: Final[dict[tuple[str, str], Device]] = {}
         self._lock: Final = threading.Lock()
         self._deferred: Final[dict[Device, None]] = {}
@@ -56,47 +64,65 @@ class DriverCore:
 
     def add_bus(self, bus: Bus) -> None:
         """Register a class bus: EEXIST for a name that is taken, EINVAL for a plugin that breaks the contract."""
-        hooks = BusHooks(bus, self._wrappers)
+        with guard(f"bus {type(bus).__qualname__} cannot be registered", bus):
+            name, hooks = bus.name, BusHooks(bus, self._wrappers)
+        if not name:
+            raise MdevError(errno.EINVAL, f"bus {type(bus).__qualname__} has no name", bus)
         with self._lock:
-            if not bus.name:
-                raise MdevError(errno.EINVAL, f"bus {type(bus).__qualname__} has no name", bus)
-            if bus.name in self.buses:
-                raise MdevError(errno.EEXIST, f"bus {bus.name} is already registered", bus)
-            self.buses[bus.name] = hooks
+            if name in self.buses:
+                raise MdevError(errno.EEXIST, f"bus {name} is already registered", bus)
+            self.buses[name] = hooks
 
     def add_driver(self, driver: Driver) -> None:
         """Register a driver: EEXIST, EINVAL as for a bus. Devices are bound to it when they ask, not here."""
-        hooks = DriverHooks(driver, self._wrappers)
-        if not driver.name or not driver.bus:
+        with guard(f"driver {type(driver).__qualname__} cannot be registered", driver):
+            bus, name, hooks = driver.bus, driver.name, DriverHooks(driver, self._wrappers)
+        if not name or not bus:
             raise MdevError(errno.EINVAL, f"driver {type(driver).__qualname__} has no name or no bus", driver)
         with self._lock:
-            if (driver.bus, driver.name) in self.drivers:
-                raise MdevError(errno.EEXIST, f"driver {driver.name} is already registered on bus {driver.bus}", driver)
-            self.drivers[driver.bus, driver.name] = hooks
-            self._bound[driver.bus, driver.name] = {}
+            if (bus, name) in self.drivers:
+                raise MdevError(errno.EEXIST, f"driver {name} is already registered on bus {bus}", driver)
+            self.drivers[bus, name] = hooks
+            self._taken[bus, name] = {}
 
     def remove_driver(self, bus: str, name: str) -> None:
-        """Unbind every device of a driver, by force, then forget it; ENODEV if there is none, EAGAIN if one is being created."""
-        with self._lock:
-            if (bus, name) not in self.drivers:
-                raise MdevError(errno.ENODEV, f"there is no driver {name} on bus {bus}")
-        while devices := self._drop_if_idle(bus, name):
-            for device in devices:
-                self.unbind(device, timeout=0.0, force=True)
+        """Unbind every device of a driver, by force, then forget it.
 
-    def _drop_if_idle(self, bus: str, name: str) -> list[Device]:
-        """Forget a driver that has bound nothing, else return what it has bound."""
+        ENODEV if there is none; EAGAIN while a device it has bound is being created or removed.
+        """
+        key = bus, name
         with self._lock:
-            devices = list(self._bound.get((bus, name), {}).values())
+            if key not in self.drivers:
+                raise MdevError(errno.ENODEV, f"there is no driver {name} on bus {bus}")
+            self._leaving.add(key)
+        try:
+            while devices := self._drop_if_idle(key):
+                for device in devices:
+                    self._unbind_from(device, name)
+        finally:
+            with self._lock:
+                self._leaving.discard(key)
+
+    def _drop_if_idle(self, key: tuple[str, str]) -> list[Device]:
+        """Forget a driver that has nothing in hand, else return what it has."""
+        with self._lock:
+            devices = list(self._taken.get(key, {}).values())
             if not devices:
-                self.drivers.pop((bus, name), None)
-                self._bound.pop((bus, name), None)
+                self.drivers.pop(key, None)
+                self._taken.pop(key, None)
             return devices
+
+    def _unbind_from(self, device: Device, driver: str) -> None:
+        try:
+            self.unbind(device, timeout=0.0, force=True, driver=driver)
+        except MdevError as error:
+            if error.errno != errno.ENODEV:  # ENODEV: it has let go of the device meanwhile
+                raise
 
     def bound_to(self, bus: str, name: str) -> list[Device]:
         """Return the devices a driver has bound."""
         with self._lock:
-            return list(self._bound.get((bus, name), {}).values())
+            return [device for device in self._taken.get((bus, name), {}).values() if device.driver == name]
 
     def bus(self, name: str) -> BusHooks:
         """Return a bus; ENODEV when it is not there."""
@@ -124,33 +150,63 @@ class DriverCore:
 
     def add_device(self, device: Device) -> None:
         """See `Registry.add_device`."""
+        key = device.bus, device.name
         with self._lock:
-            if self._devices.setdefault((device.bus, device.name), device) is not device:
+            if key in self._devices:
                 raise MdevError(errno.EEXIST, f"{device} is already on bus {device.bus}", device)
-        env = self.uevent(device)
-        with device.lock:
-            if isinstance(device.parent, Device):
-                device.parent.children[device.name] = device
-            device.settle(State.UNBOUND)
-            self._events.emit(Action.ADD, device.name, env)
+            self._devices[key] = device
+        with ExitStack() as undo:
+            undo.callback(self._drop_device, device)
+            self._publish(device, self.uevent(device))
+            undo.pop_all()
         try:
             self.attach(device)
         except MdevError as error:
             log.info("%s", error)
 
+    def _publish(self, device: Device, env: dict[str, str]) -> None:
+        with device.lock:
+            if isinstance(device.parent, Device):
+                if device.parent.state in {State.REMOVING, State.GONE}:
+                    raise MdevError(errno.ENODEV, f"{device}: its parent {device.parent} is {device.parent.state}", device)
+                device.parent.children[device.name] = device
+            device.settle(State.UNBOUND)
+            self._events.emit(Action.ADD, device.name, env)
+
     def del_device(self, device: Device) -> None:
         """See `Registry.del_device`."""
         device.claim(State.REMOVING)
-        self.let_go(device, timeout=0.0, force=True)
-        env = self.uevent(device)
-        self.withdraw(device)
-        with device.lock:
-            if isinstance(device.parent, Device):
-                device.parent.children.pop(device.name, None)
-            device.settle(State.GONE)
-            self._events.emit(Action.REMOVE, device.name, env)
+        with ExitStack() as steps:  # last first, and each whatever becomes of the others
+            steps.callback(self._drop_device, device)
+            steps.callback(self.retire, device)
+            steps.callback(self.del_children, device)
+            steps.callback(self.withdraw, device)
+            self.let_go(device, timeout=0.0, force=True)
+
+    def _drop_device(self, device: Device) -> None:
         with self._lock:
             del self._devices[device.bus, device.name]
+
+    def del_children(self, device: Device) -> None:
+        """Take away what is left below a device that goes: whoever added it should have."""
+        for child in reversed(list(device.children.values())):
+            log.warning("%s is still there while %s goes", child, device)
+            quietly(partial(self.del_device, child))
+
+    def retire(self, device: Device) -> None:
+        """Make a device that is withdrawn from its driver be gone, and tell."""
+        env = self.uevent(device)
+        with device.lock:
+            siblings = device.parent.children if isinstance(device.parent, Device) else {}
+            siblings.pop(device.name, None)
+            device.settle(State.GONE)
+            self._events.emit(Action.REMOVE, device.name, env)
+
+    @property
+    def devices(self) -> list[Device]:
+        """The devices that are no mdevs, in the order they were added."""
+        with self._lock:
+            return list(self._devices.values())
 
     def _named(self, device: Device, name: str) -> DriverHooks:
         broken = None
@@ -159,8 +215,8 @@ class DriverCore:
         try:
             return self.drivers[device.bus, name]
         except KeyError:
-            message = f"{device}: there is no driver {name} on bus {device.bus}"
-            raise broken or MdevError(errno.ENODEV, message, device) from None
+            reason = f" ({broken})" if broken else ""
+            raise MdevError(errno.ENODEV, f"{device}: there is no driver {name} on bus {device.bus}{reason}", device) from None
 
     # -- probing -------------------------------------------------------------------------------------------------------
 
@@ -169,7 +225,9 @@ class DriverCore:
 
         Raises the deferral if any driver asked for one, else the last error; ENODEV when no driver matched.
         """
-        broken = self._load_drivers(device.bus, device.match)
+        with guard(f"{device}: match failed", device):
+            match = device.match
+        broken = self._load_drivers(device.bus, match)
         deferral: MdevError | None = None
         failure: MdevError | None = None
         for hooks in self.candidates(device):
@@ -182,36 +240,55 @@ class DriverCore:
                     failure = error
             else:
                 return
-        raise deferral or failure or broken or missing_driver(device)
+        raise deferral or failure or missing_driver(device, broken)
 
     def probe(self, device: Device, hooks: DriverHooks) -> None:
         """Let one driver probe a device (really_probe); undone in reverse order when it fails."""
-        if self.suspended:
-            raise ProbeDeferredError(f"{device}: the system is suspended", device)
+        if sleeper := self._asleep(device):
+            raise ProbeDeferredError(f"{device}: {sleeper} is suspended", device)
         bus = self.bus(device.bus)
-        bus.probe(device, hooks.driver)
-        try:
-            endpoint = hooks.probe(device)
-        except MdevError as error:
-            device.error = error
-            self._quietly(lambda: bus.remove(device))
-            raise
-        device.driver, device.endpoint, device.error = hooks.driver.name, endpoint, None
+        with ExitStack() as undo:
+            self._take(device, hooks)
+            undo.callback(self._drop, device, hooks.driver.name)
+            bus.probe(device, hooks.driver)
+            undo.callback(quietly, lambda: bus.remove(device))
+            device.endpoint = hooks.probe(device)
+            device.driver, device.error = hooks.driver.name, None
+            undo.pop_all()
+
+    def _asleep(self, device: Device) -> object:
+        """Return what is suspended of the device and everything above it, None when it may be probed."""
+        above: object = device
+        while isinstance(above, Device) and not above.suspended:
+            above = above.parent
+        if getattr(above, "suspended", False):
+            return above
+        return "the system" if self.suspended else None
+
+    def _take(self, device: Device, hooks: DriverHooks) -> None:
+        """Note that a driver has the device in hand; ENODEV when the driver is leaving."""
+        key = device.bus, hooks.driver.name
         with self._lock:
-            self._bound.setdefault((device.bus, hooks.driver.name), {})[device.name] = device
+            if self.drivers.get(key) is not hooks or key in self._leaving:
+                raise MdevError(errno.ENODEV, f"{device}: driver {hooks.driver.name} is being unregistered", device)
+            self._taken[key][device.name] = device
+
+    def _drop(self, device: Device, driver: str) -> None:
+        with self._lock:
+            del self._taken[device.bus, driver][device.name]
+        device.driver = device.endpoint = None
+        device.suspended = False
 
     def release(self, device: Device) -> None:
         """Take a bound device from its driver (__device_release_driver); the caller owns the device's state."""
         name = device.driver
         if name is None:
             return
-        hooks = self.drivers[device.bus, name]
-        self._quietly(lambda: hooks.remove(device))
-        self._quietly(lambda: self.bus(device.bus).remove(device))
-        with self._lock:
-            self._bound.get((device.bus, name), {}).pop(device.name, None)
-        device.driver = device.endpoint = None
-        device.suspended = False
+        hooks, bus = self.drivers[device.bus, name], self.bus(device.bus)
+        with ExitStack() as steps:  # last first, and each whatever becomes of the others
+            steps.callback(self._drop, device, name)
+            steps.callback(quietly, lambda: bus.remove(device))
+            steps.callback(quietly, lambda: hooks.remove(device))
 
     def let_go(self, device: Device, timeout: float, force: bool) -> None:
         """Ask the driver to get its user off the device; EBUSY when the user holds on, never with `force`."""
@@ -219,71 +296,99 @@ class DriverCore:
             return
         hooks = self.drivers[device.bus, device.driver]
         if force:
-            self._quietly(lambda: hooks.let_go(device, timeout, force))
+            quietly(lambda: hooks.let_go(device, timeout, force))
         else:
             hooks.let_go(device, timeout, force)
-
-    @staticmethod
-    def _quietly(call: Callable[[], None]) -> None:
-        """Make a call whose failure cannot stop what is under way; it is logged."""
-        try:
-            call()
-        except MdevError as error:
-            log.error("%s", error)
 
     # -- bind and unbind -----------------------------------------------------------------------------------------------
 
     def attach(self, device: Device) -> None:
         """Find a driver for an unbound device (device_attach); a deferral is no error. EBUSY if it is bound."""
         self._claim_unbound(device)
-        self._finish_probe(device, lambda: self.probe_any(device))
+        self._probe_claimed(device, lambda: self.probe_any(device), State.UNBOUND)
 
-    def bind(self, device: Device, name: str) -> None:
-        """Bind a device to the driver `name` (bind in sysfs).
+    def bind(self, device: Device, name: str, *, override: bool = False) -> None:
+        """Bind a device to the driver `name` (bind in sysfs); with `override`, whatever its id table.
 
         ENODEV when there is no such driver on the device's bus, or it neither matches nor is the override; EBUSY when bound.
+        A bind that fails changes nothing; in particular a deferred device stays deferred.
         """
         hooks = self._named(device, name)
-        override = device.driver_override
-        matches = override == name if override else self.bus(device.bus).match(device, hooks.driver)
-        if not matches:
-            raise MdevError(
-                errno.ENODEV,
-                f"{device}: driver {name} does not match {device.modalias}; driver_override would make it",
-                device,
-            )
-        self._claim_unbound(device)
-        self._finish_probe(device, lambda: self.probe(device, hooks))
+        if not override:
+            self._check_match(device, hooks)
+        before = self._claim_unbound(device)
+        self._probe_claimed(device, lambda: self._probe_by_hand(device, hooks, override), before)
 
-    def _claim_unbound(self, device: Device) -> None:
-        before = device.claim(State.PROBING)
+    def _check_match(self, device: Device, hooks: DriverHooks) -> None:
+        name, only = hooks.driver.name, device.driver_override
+        if only is not None and only != name:
+            raise MdevError(errno.ENODEV, f"{device}: driver_override lets only {only} bind it, not {name}", device)
+        if only is None and not self.bus(device.bus).match(device, hooks.driver):
+            message = f"{device}: driver {name} does not match {device.modalias}; driver_override would make it"
+            raise MdevError(errno.ENODEV, message, device)
+
+    def _probe_by_hand(self, device: Device, hooks: DriverHooks, override: bool) -> None:
+        """Probe with one driver, made the device's override if so wanted; a failure, not a deferral, takes that back."""
+        before = device.driver_override
+        if override:
+            device.driver_override = hooks.driver.name
+        try:
+            self.probe(device, hooks)
+        except BaseException as error:
+            if getattr(error, "errno", None) != EPROBE_DEFER:
+                device.driver_override = before
+            raise
+
+    def set_override(self, device: Device, name: str | None) -> None:
+        """Set or clear driver_override; waits for a probe that is running."""
+        with device.lock:
+            device.wait_for_rest()
+            device.driver_override = name
+
+    def _claim_unbound(self, device: Device) -> State:
+        """Claim a device for a probe and return what it was; EBUSY when it is bound."""
+        before = device.claim(State.PROBING, {State.UNBOUND, State.DEFERRED})
         if before is State.BOUND:
-            device.settle(before)
             raise MdevError(errno.EBUSY, f"{device} is bound to driver {device.driver}", device)
         self._forget(device)
+        return before
 
-    def _finish_probe(self, device: Device, probe: Callable[[], None]) -> None:
+    def _probe_claimed(self, device: Device, probe: Callable[[], None], otherwise: State) -> None:
+        """Probe a claimed device and settle the outcome: bound, deferred (no error), or after a failure `otherwise`."""
         trigger = self._trigger
         try:
             probe()
         except MdevError as error:
-            if error.errno == EPROBE_DEFER:
-                self.defer(device)
-                self.retry_since(trigger, device)
-                return
-            device.settle(State.UNBOUND)
+            device.error = brief(error)
+            deferred = error.errno == EPROBE_DEFER
+            self._park(device, State.DEFERRED if deferred else otherwise)
+            self.retry_since(trigger, device)
+            if not deferred:
+                raise
+        except BaseException:
+            self._park(device, otherwise)
             raise
-        self.announce(device, State.BOUND, Action.BIND)
-        self.bind_succeeded()
+        else:
+            self.announce(device, State.BOUND, Action.BIND)
+            self.bind_succeeded()
 
-    def announce(self, device: Device, state: State, action: Action) -> None:
-        """Settle a state and emit the event that tells of it, in one step."""
-        env = self.uevent(device)
-        if device.driver is not None:
-            env["DRIVER"] = device.driver
-        with device.lock:
+    def _park(self, device: Device, state: State) -> None:
+        if state is State.DEFERRED:
+            self.defer(device)
+        else:
             device.settle(state)
-            self._events.emit(action, device.name, env)
+
+    def announce(self, device: Device, state: State, action: Action, **more: str) -> None:
+        """Settle a state and emit the event that tells of it, in one step; `more` goes into the event."""
+        env: dict[str, str] = {}
+        try:
+            env = self.uevent(device)
+        finally:
+            if device.driver is not None:
+                env["DRIVER"] = device.driver
+            with device.lock:
+                device.settle(state)
+                self._events.emit(action, device.name, env | more)
 
     def uevent(self, device: Device) -> dict[str, str]:
         """Return the event variables of a device; what a broken bus cannot tell is left out."""
@@ -291,24 +396,27 @@ class DriverCore:
             return self.bus(device.bus).uevent(device)
         except MdevError as error:
             log.error("%s", error)
-            return {"MODALIAS": device.modalias}
+            return {}
 
-    def unbind(self, device: Device, timeout: float, force: bool = False) -> None:
-        """Take a device from its driver: ENODEV when it has none, EBUSY when its user holds on for `timeout` seconds."""
-        before = device.claim(State.UNBINDING)
-        if before is not State.BOUND:
-            device.settle(before)
+    def unbind(self, device: Device, timeout: float, force: bool = False, driver: str | None = None) -> None:
+        """Take a device from its driver, from `driver` only if that is given.
+
+        ENODEV when it is bound to none, or to another; EBUSY when its user holds on for `timeout` seconds.
+        """
+        if device.claim(State.UNBINDING, {State.BOUND}) is not State.BOUND:
             raise MdevError(errno.ENODEV, f"{device} is bound to no driver", device)
+        bound_to = device.driver or ""
         try:
+            if driver not in {None, bound_to}:
+                raise MdevError(errno.ENODEV, f"{device} is bound to driver {bound_to}, not to {driver}", device)
             self.let_go(device, timeout, force)
-        except MdevError:
-            device.settle(before)
+        except BaseException:
+            device.settle(State.BOUND)
             raise
-        driver = device.driver or ""
-        self.release(device)
-        with device.lock:
-            device.settle(State.UNBOUND)
-            self._events.emit(Action.UNBIND, device.name, {**self.uevent(device), "DRIVER": driver})
+        try:
+            self.release(device)
+        finally:
+            self.announce(device, State.UNBOUND, Action.UNBIND, DRIVER=bound_to)
 
     # -- deferred probe ------------------------------------------------------------------------------------------------
 
@@ -335,8 +443,10 @@ class DriverCore:
         self._forget(device)
         if device.driver is not None:
             env = {**self.uevent(device), "DRIVER": device.driver}
-            self.release(device)
-            self._events.emit(Action.UNBIND, device.name, env)
+            try:
+                self.release(device)
+            finally:
+                self._events.emit(Action.UNBIND, device.name, env)
 
     def bind_succeeded(self) -> None:
         """Note that a device was bound: what waits may find what it waited for."""
@@ -353,8 +463,13 @@ class DriverCore:
             if self._retrying:
                 return
             self._retrying = True
-        while self._retry_round():
-            pass
+        try:
+            while self._retry_round():
+                pass
+        except BaseException:
+            with self._lock:
+                self._retrying = False
+            raise
 
     def _retry_round(self) -> bool:
         """Retry all once; False (and this thread is done) when nothing has happened since the round before."""
@@ -369,17 +484,19 @@ class DriverCore:
         return True
 
     def _retry(self, device: Device) -> None:
+        """Probe a parked device. One that somebody is at work on is left to them: waiting could be for ever."""
         try:
-            before = device.claim(State.PROBING)
+            if device.claim(State.PROBING, {State.DEFERRED}, wait=False) is not State.DEFERRED:
+                return
         except MdevError:
-            return
-        if before is not State.DEFERRED:
-            device.settle(before)
             return
         try:
             self.probe_any(device)
         except MdevError as error:
             self._retry_failed(device, error)
+        except BaseException:
+            device.settle(State.DEFERRED)
+            raise
         else:
             self._forget(device)
             self.announce(device, State.BOUND, Action.BIND)
@@ -390,11 +507,10 @@ class DriverCore:
             self._deferred.pop(device, None)
 
     def _retry_failed(self, device: Device, error: MdevError) -> None:
+        device.error = brief(error)
         if error.errno == EPROBE_DEFER:
             device.settle(State.DEFERRED)
             return
         self._forget(device)
         log.error("%s", error)
-        with device.lock:
-            device.settle(State.UNBOUND)
-            self._events.emit(Action.CHANGE, device.name, {**self.uevent(device), "ERROR": str(error)})
+        self.announce(device, State.UNBOUND, Action.CHANGE, ERROR=str(error))

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from mdevkit.errors import MdevError
+from mdevkit.sockets import Listen, listen_at
 
 if TYPE_CHECKING:
     from mdevkit.driver import Endpoint
@@ -34,13 +35,18 @@ class State(StrEnum):
     UNBINDING = "unbinding"
     #: A driver asked to be tried again after the next successful bind.
     DEFERRED = "deferred"
+    #: Power-management callbacks run; afterwards the device is what it was.
+    SUSPENDING = "suspending"
+    RESUMING = "resuming"
     REMOVING = "removing"
     #: Removed; only references held by callers are left.
     GONE = "gone"
 
 
 #: States in which somebody is at work and others wait.
-_TRANSITIONS = frozenset({State.PROBING, State.UNBINDING})
+_TRANSITIONS = frozenset({State.PROBING, State.UNBINDING, State.SUSPENDING, State.RESUMING})
+#: States a device rests in: every transition starts in one of them.
+RESTING = frozenset({State.UNBOUND, State.BOUND, State.DEFERRED})
 
 
 class Device:
@@ -89,24 +95,30 @@ class Device:
         """Return the variables every event of this device carries."""
         return {"MODALIAS": self.modalias}
 
-    def claim(self, wanted: State) -> State:
-        """Enter the transition `wanted` and return the state left.
+    def claim(self, wanted: State, of: Collection[State] = RESTING, *, wait: bool = True) -> State:
+        """Enter the transition `wanted` if the device rests in one of the states `of`; return the state it was found in.
 
-        Waits while another thread is in a transition. Raises EAGAIN while the device is created or removed, ENODEV
-        once it is gone, EDEADLK for a call back from this device's own probe or remove.
+        Waits while another thread is in a transition, unless `wait` is false: then that is EAGAIN. Raises EAGAIN while the
+        device is created or removed, ENODEV once it is gone, EDEADLK for a call back from this device's own transition.
         """
         with self.lock:
-            while self.state in _TRANSITIONS:
-                if self.claimed_here:
-                    raise MdevError(errno.EDEADLK, f"{self} is {self.state} on this very thread", self)
-                self.lock.wait()
-            if self.state is State.GONE:
-                raise MdevError(errno.ENODEV, f"{self} is gone", self)
-            if self.state in {State.CREATING, State.REMOVING}:
-                raise MdevError(errno.EAGAIN, f"{self} is {self.state}; try again", self)
-            before, self.state = self.state, wanted
-            self._owner = threading.get_ident()
-            return before
+            self.wait_for_rest(wait=wait)
+            found = self.state
+            if found in of:
+                self.state = wanted
+                self._owner = threading.get_ident()
+            return found
+
+    def wait_for_rest(self, *, wait: bool = True) -> None:
+        """Wait, with `lock` held, until nobody is at work on the device; errors as for `claim`."""
+        while self.state in _TRANSITIONS and (wait or self.claimed_here):
+            if self.claimed_here:
+                raise MdevError(errno.EDEADLK, f"{self} is {self.state} on this very thread", self)
+            self.lock.wait()
+        if self.state is State.GONE:
+            raise MdevError(errno.ENODEV, f"{self} is gone", self)
+        if self.state not in RESTING:
+            raise MdevError(errno.EAGAIN, f"{self} is {self.state}; try again", self)
 
     @property
     def claimed_here(self) -> bool:
@@ -136,6 +148,9 @@ class Mdev(Device):
         self.type = type_
         #: Checked create parameters, as given to the vendor.
         self.params = params
+        #: Makes a socket that listens at a path, with the rights of whoever asked for that path (`mdevkit.sockets`): the
+        #: device's vendor and driver call it instead of binding paths themselves.
+        self.listen: Listen = listen_at
         self._class_id = 0
         self._ops: Any = None
 
@@ -154,12 +169,18 @@ class Mdev(Device):
         return {"MODALIAS": self.modalias, "MDEV_TYPE": self.type.id, "MDEV_PARENT": self.parent.name}
 
     def get_attribute(self, name: str) -> Any:
-        """Read an attribute: ENOENT, EACCES, or what the vendor raises."""
+        """Read an attribute: ENOENT, EACCES, ENODEV once the device is gone, or what the vendor raises."""
+        self._check_alive()
         return self.type.device_table.read(name, self)
 
     def set_attribute(self, name: str, value: Any) -> None:
-        """Check and set an attribute: ENOENT, EACCES, EINVAL, or what the vendor raises."""
+        """Check and set an attribute: ENOENT, EACCES, EINVAL, ENODEV once the device is gone, or what the vendor raises."""
+        self._check_alive()
         self.type.device_table.write(name, value, self)
+
+    def _check_alive(self) -> None:
+        if self.state is State.GONE:
+            raise MdevError(errno.ENODEV, f"{self} is gone", self)
 
     def _set_class(self, class_id: int, ops: Any) -> None:
         """Set class id and ops together, once, inside create; for the typed setters of the buses.
@@ -172,6 +193,8 @@ class Mdev(Device):
             raise MdevError(errno.EINVAL, f"{self}: class id and ops can be set inside create only", self)
         if not 0 < class_id <= 0xFFFF:
             raise MdevError(errno.EINVAL, f"{self}: class id {class_id} is not between 1 and 65535", self)
+        if ops is None:
+            raise MdevError(errno.EINVAL, f"{self}: no ops were given with class id {class_id}", self)
         self._class_id = class_id
         self._ops = ops
 

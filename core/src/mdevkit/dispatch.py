@@ -3,26 +3,42 @@
 The only module that knows pluggy's manager. With one manager per owner a call costs about two microseconds and can reach
 nobody but the owner and the wrappers; with a shared one it would reach every owner. A plugin's exception never leaves here
 raw (`mdevkit.errors.wrap`). Calls may come from any thread; the managers do not change after they are made.
+
+A wrapper may fail a call after the owner has done its part. Whoever called must then find nothing done, so hooks that come
+in pairs (create and remove, probe and remove, suspend and resume) are undone here. Nor can a wrapper pass off the owner's
+failure as a success. What the owner itself answered is seen by a `_Witness`, the innermost wrapper.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Mapping
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import pluggy
 
-from mdevkit.errors import MdevError, wrap
-from mdevkit.hookspecs import BusSpec, DriverSpec, ParentSpec
+from mdevkit.errors import MdevError, guard, wrap
+from mdevkit.hookspecs import BusSpec, DriverSpec, ParentSpec, hookimpl
 
 if TYPE_CHECKING:
+    from pluggy import HookimplOpts
+
     from mdevkit.bus import Bus
     from mdevkit.device import Device, Mdev
     from mdevkit.driver import Driver, Endpoint
     from mdevkit.parent import Parent, ParentOps
 
+log = logging.getLogger(__name__)
+
+#: Takes back what a hook did, given what it answered.
+Undo = Callable[[Any], None]
+
 _SPECS: Final = (ParentSpec, BusSpec, DriverSpec)
+_HOOKS: Final = frozenset(name for spec in _SPECS for name in vars(spec) if not name.startswith("_"))
 
 
 def implementations(plugin: object) -> dict[str, Mapping[str, Any]]:
@@ -38,7 +54,9 @@ def implementations(plugin: object) -> dict[str, Mapping[str, Any]]:
 
 def check_wrapper(plugin: object) -> None:
     """Refuse a wrapper that could not be used: EINVAL with the reason."""
+    _refuse_class(plugin)
     found = implementations(plugin)
+    _refuse_unmarked(plugin, found)
     owned = [name for name, options in found.items() if not options.get("wrapper")]
     if owned:
         raise MdevError(
@@ -53,12 +71,61 @@ def check_wrapper(plugin: object) -> None:
 
 
 def _name(plugin: object) -> str:
+    if inspect.ismodule(plugin):
+        return plugin.__name__
     return f"{type(plugin).__module__}.{type(plugin).__qualname__}"
+
+
+def _refuse_class(plugin: object) -> None:
+    if isinstance(plugin, type):
+        raise MdevError(errno.EINVAL, f"{plugin.__qualname__} is a class; an instance is wanted", plugin)
+
+
+def _refuse_unmarked(plugin: object, found: Mapping[str, Any]) -> None:
+    """Refuse a method that looks like a hook and would never be called."""
+    unmarked = sorted(name for name in _HOOKS.difference(found) if callable(getattr(plugin, name, None)))
+    if unmarked:
+        raise MdevError(errno.EINVAL, f"{_name(plugin)}: {', '.join(unmarked)} must be marked with @hookimpl", plugin)
+
+
+class _Manager(pluggy.PluginManager):
+    """Takes the hooks that `implementations` finds: pluggy before 1.7 evaluates every property of a plugin in search of more."""
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> HookimplOpts | None:
+        if isinstance(inspect.getattr_static(plugin, name, None), property):
+            return None
+        return super().parse_hookimpl_opts(plugin, name)
+
+
+class _Witness:
+    """Sees what the owner of a hook answered, whatever the wrappers around it make of that."""
+
+    def __init__(self) -> None:
+        self._threads: Final = threading.local()
+
+    @contextmanager
+    def watch(self) -> Iterator[list[Any]]:
+        """Collect the owner's answer to the call made inside the block; nothing is in the list if the owner raised."""
+        outer = getattr(self._threads, "answers", None)
+        answers: list[Any] = []
+        self._threads.answers = answers
+        try:
+            yield answers
+        finally:
+            self._threads.answers = outer
+
+    @hookimpl(wrapper=True, trylast=True)
+    def parent_create(self) -> Generator[None, Any, Any]:
+        answer = yield
+        self._threads.answers.append(answer)
+        return answer
+
+    parent_suspend = bus_probe = bus_suspend = driver_probe = driver_suspend = parent_create
 
 
 def _manager(owner: object, wrappers: Iterable[object]) -> pluggy.PluginManager:
     """Return a checked manager; EINVAL for a wrong signature or an unknown hook."""
-    manager = pluggy.PluginManager("mdevkit")
+    manager = _Manager("mdevkit")
     for spec in _SPECS:
         manager.add_hookspecs(spec)
     try:
@@ -72,6 +139,14 @@ def _manager(owner: object, wrappers: Iterable[object]) -> pluggy.PluginManager:
     return manager
 
 
+def quietly(call: Callable[[], None]) -> None:
+    """Make a call whose failure cannot stop what is under way; it is logged."""
+    try:
+        call()
+    except MdevError as error:
+        log.error("%s", error)
+
+
 class _Hooks:
     """The hooks of one owner, ready to call."""
 
@@ -79,20 +154,41 @@ class _Hooks:
     required: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, owner: Any, wrappers: Iterable[object]) -> None:
-        if isinstance(owner, type):
-            raise MdevError(errno.EINVAL, f"{owner.__qualname__} is a class; an instance is wanted", owner)
+        _refuse_class(owner)
         found = implementations(owner)
+        _refuse_unmarked(owner, found)
         missing = [name for name in self.required if name not in found]
         if missing:
             raise MdevError(errno.EINVAL, f"{_name(owner)} does not implement {', '.join(missing)}", owner)
-        foreign = [name for name in found if any(hasattr(spec, name) for spec in _SPECS) and not hasattr(self.spec, name)]
+        foreign = [name for name in found if name in _HOOKS and not hasattr(self.spec, name)]
         if foreign:
             raise MdevError(errno.EINVAL, f"{_name(owner)} implements {', '.join(foreign)}, which it does not own", owner)
-        self._hook: Final = _manager(owner, wrappers).hook
+        wrappers = list(wrappers)
+        self._witness: Final = _Witness() if wrappers else None
+        # The last of those that want to be last is the innermost.
+        self._hook: Final = _manager(owner, [*wrappers, self._witness] if self._witness else ()).hook
 
-    def _call(self, hook: str, doing: str, subject: Any, **arguments: Any) -> Any:
+    def _call(self, hook: str, doing: str, subject: Any, undo: Undo | None = None, **arguments: Any) -> Any:
+        """Call a hook; `undo` gets the owner's answer if a wrapper fails the call after the owner has done it."""
+        if undo is None or self._witness is None:
+            return self._call_once(hook, doing, subject, **arguments)
+        with self._witness.watch() as answers:
+            try:
+                result = self._call_once(hook, doing, subject, **arguments)
+            except BaseException:
+                if answers:
+                    quietly(lambda: undo(answers[0]))
+                raise
+        if not answers:
+            raise MdevError(errno.EIO, f"{subject}: {doing}: a wrapper hid the failure, or did not make the call", subject)
+        return result
+
+    def _call_once(self, hook: str, doing: str, subject: Any, **arguments: Any) -> Any:
         try:
             return getattr(self._hook, hook)(**arguments)
+        except MdevError as error:
+            wrap(error, doing, subject)
+            raise
         except (Exception, SystemExit) as error:
             raise wrap(error, f"{subject}: {doing}", subject) from error
 
@@ -108,7 +204,7 @@ class ParentHooks(_Hooks):
 
     def create(self, mdev: Mdev, params: Mapping[str, Any]) -> None:
         """Call `parent_create`."""
-        self._call("parent_create", "create failed", mdev, mdev=mdev, params=params)
+        self._call("parent_create", "create failed", mdev, lambda _answer: self.remove(mdev), mdev=mdev, params=params)
 
     def remove(self, mdev: Mdev) -> None:
         """Call `parent_remove`."""
@@ -120,7 +216,7 @@ class ParentHooks(_Hooks):
 
     def suspend(self, parent: Parent) -> None:
         """Call `parent_suspend`."""
-        self._call("parent_suspend", "suspend refused", parent, parent=parent)
+        self._call("parent_suspend", "suspend refused", parent, lambda _answer: self.resume(parent), parent=parent)
 
     def resume(self, parent: Parent) -> None:
         """Call `parent_resume`."""
@@ -143,11 +239,14 @@ class BusHooks(_Hooks):
 
     def uevent(self, device: Device) -> dict[str, str]:
         """Call `bus_uevent`."""
-        return dict(self._call("bus_uevent", "uevent failed", device, device=device))
+        answer = self._call("bus_uevent", "uevent failed", device, device=device)
+        with guard(f"{device}: uevent failed", device):
+            return {str(name): str(value) for name, value in dict(answer or {}).items()}
 
     def probe(self, device: Device, driver: Driver) -> None:
         """Call `bus_probe`."""
-        self._call("bus_probe", f"bus {self.bus.name}: probe failed", device, device=device, driver=driver)
+        doing = f"bus {self.bus.name}: probe failed"
+        self._call("bus_probe", doing, device, lambda _answer: self.remove(device), device=device, driver=driver)
 
     def remove(self, device: Device) -> None:
         """Call `bus_remove`."""
@@ -155,7 +254,8 @@ class BusHooks(_Hooks):
 
     def suspend(self, device: Device) -> None:
         """Call `bus_suspend`."""
-        self._call("bus_suspend", f"bus {self.bus.name}: suspend refused", device, device=device)
+        doing = f"bus {self.bus.name}: suspend refused"
+        self._call("bus_suspend", doing, device, lambda _answer: self.resume(device), device=device)
 
     def resume(self, device: Device) -> None:
         """Call `bus_resume`."""
@@ -174,7 +274,15 @@ class DriverHooks(_Hooks):
 
     def probe(self, device: Device) -> Endpoint | None:
         """Call `driver_probe`."""
-        endpoint: Endpoint | None = self._call("driver_probe", self._doing("probe failed"), device, device=device)
+
+        def undo(endpoint: Endpoint | None) -> None:
+            device.endpoint = endpoint  # where the driver finds it
+            try:
+                self.remove(device)
+            finally:
+                device.endpoint = None
+
+        endpoint: Endpoint | None = self._call("driver_probe", self._doing("probe failed"), device, undo, device=device)
         return endpoint
 
     def remove(self, device: Device) -> None:
@@ -187,7 +295,8 @@ class DriverHooks(_Hooks):
 
     def suspend(self, device: Device) -> None:
         """Call `driver_suspend`."""
-        self._call("driver_suspend", self._doing("suspend refused"), device, device=device)
+        doing = self._doing("suspend refused")
+        self._call("driver_suspend", doing, device, lambda _answer: self.resume(device), device=device)
 
     def resume(self, device: Device) -> None:
         """Call `driver_resume`."""

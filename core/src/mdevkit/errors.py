@@ -7,10 +7,22 @@ exit codes unchanged, plus the object it is about and a sentence a person can ac
 from __future__ import annotations
 
 import errno as _errno
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 #: Probe asks to be called again after another driver has bound (include/linux/errno.h); not a failure.
 EPROBE_DEFER = 517
+
+#: errno to name; where Linux has two names for one number, the one the kernel's sources use.
+_NAMES = {
+    **_errno.errorcode,
+    _errno.EDEADLK: "EDEADLK",
+    _errno.EOPNOTSUPP: "EOPNOTSUPP",
+    EPROBE_DEFER: "EPROBE_DEFER",
+}
 
 
 class MdevError(OSError):
@@ -45,16 +57,14 @@ class ProbeDeferredError(MdevError):
 
 def errno_name(number: int | None) -> str:
     """Return the symbolic name of an errno; unknown numbers come back as ``errno N``."""
-    if number == EPROBE_DEFER:
-        return "EPROBE_DEFER"
-    return _errno.errorcode.get(number or 0, f"errno {number}")
+    return _NAMES.get(number or 0, f"errno {number}")
 
 
 def wrap(error: BaseException, doing: str, subject: Any = None) -> MdevError:
     """Turn whatever a plugin raised while `doing` something into an `MdevError` with the same errno and reason.
 
     An `MdevError` comes back as it is. An `OSError` keeps its errno. Anything else is a bug of the plugin: EIO, and the
-    sentence names the exception.
+    sentence names the exception. See `guard` for how to use it.
     """
     if isinstance(error, MdevError):
         if error.subject is None:
@@ -63,9 +73,44 @@ def wrap(error: BaseException, doing: str, subject: Any = None) -> MdevError:
     if isinstance(error, OSError) and error.errno:
         wrapped = MdevError(error.errno, f"{doing}: {error.strerror}{_file_of(error)}", subject)
     else:
-        wrapped = MdevError(_errno.EIO, f"{doing}: {type(error).__name__}: {error}".rstrip(": "), subject)
+        wrapped = MdevError(_errno.EIO, f"{doing}: {describe(error)}", subject)
     wrapped.__cause__ = error
     return wrapped
+
+
+@contextmanager
+def guard(doing: str, subject: Any = None) -> Iterator[None]:
+    """Run code of a plugin: what it raises leaves the block as `wrap` makes it.
+
+    SystemExit is the plugin's bug like any other exception; KeyboardInterrupt is the user's wish and passes.
+    """
+    try:
+        yield
+    except MdevError as error:
+        wrap(error, doing, subject)  # gives it a subject; raising it "from" itself would make it its own cause
+        raise
+    except (Exception, SystemExit) as error:
+        raise wrap(error, doing, subject) from error
+
+
+def describe(error: BaseException) -> str:
+    """Return the exception's type and reason on one line."""
+    try:
+        reason = " ".join(str(error).split())
+    except Exception:  # noqa: BLE001  (an exception of a plugin's making that cannot even say what it is about)
+        reason = ""
+    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+
+
+def brief(error: MdevError) -> MdevError:
+    """Return what `error` says, without its traceback: that would keep alive whatever the failed call had in hand."""
+    return MdevError(error.errno or _errno.EIO, str(error), error.subject)
+
+
+def shown(value: object) -> str:
+    """Return the repr of a value somebody gave us, cut short: a wrong value may be megabytes long."""
+    text = repr(value[:80] if isinstance(value, str | bytes) else value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _file_of(error: OSError) -> str:

@@ -51,6 +51,10 @@ class LaggedError(MdevError):
         self.missed = missed
 
 
+class NoEventError(MdevError, TimeoutError):
+    """There was no event in the time the subscriber wanted to wait."""
+
+
 class EventLog:
     """The ring of the last `capacity` events of one registry."""
 
@@ -75,8 +79,11 @@ class EventLog:
         return event
 
     def subscribe(self, after: int | None = None) -> Subscription:
-        """Return a reader that starts behind event `after`; by default behind the newest."""
-        return Subscription(self, self._last if after is None else after)
+        """Return a reader that starts behind event `after`, by default behind the newest; EINVAL for one that is yet to come."""
+        newest = self._last
+        if after is not None and not 0 <= after <= newest:
+            raise MdevError(errno.EINVAL, f"there is no event {after}: the newest is {newest}")
+        return Subscription(self, newest if after is None else after)
 
     def close(self) -> None:
         """Let every reader finish: what is in the ring can still be read, then iteration ends."""
@@ -84,12 +91,13 @@ class EventLog:
             self._closed = True
             self._changed.notify_all()
 
-    def _read(self, position: int, timeout: float | None) -> Event | None:
-        """Return the event after `position`, or None when the log is closed; TimeoutError, LaggedError."""
+    def _read(self, reader: Subscription, timeout: float | None) -> Event | None:
+        """Return the reader's next event, or None when the log or the reader is closed; NoEventError, LaggedError."""
+        position = reader.position
         with self._changed:
-            if not self._changed.wait_for(lambda: self._last > position or self._closed, timeout):
-                raise TimeoutError(errno.ETIMEDOUT, "no event in the given time")
-            if self._last <= position:
+            if not self._changed.wait_for(lambda: self._last > position or self._closed or reader.closed, timeout):
+                raise NoEventError(errno.ETIMEDOUT, f"no event within {timeout:g} s")
+            if self._last <= position or reader.closed:
                 return None
             oldest = max(1, self._last - len(self._ring) + 1)
             if position + 1 < oldest:
@@ -104,14 +112,23 @@ class Subscription:
         self._log = log
         #: Sequence number of the last event delivered (or skipped, after a LaggedError).
         self.position = position
+        #: Set by `close`.
+        self.closed = False
+
+    def close(self) -> None:
+        """End the reading, from any thread: whoever waits in `get` gets None."""
+        with self._log._changed:
+            self.closed = True
+            self._log._changed.notify_all()
 
     def get(self, timeout: float | None = None) -> Event | None:
-        """Return the next event, None when the log is closed.
+        """Return the next event, None when the log is closed or this reader is.
 
-        Waits up to `timeout` seconds, for ever by default, then raises TimeoutError. Raises LaggedError once when events were lost.
+        Waits up to `timeout` seconds, for ever by default, then raises NoEventError (a TimeoutError). Raises LaggedError
+        once when events were lost.
         """
         try:
-            event = self._log._read(self.position, timeout)
+            event = self._log._read(self, timeout)
         except LaggedError as error:
             self.position += error.missed
             raise

@@ -22,15 +22,26 @@ def _install(bus: str) -> str:
     return f" (pip install {package})" if package else ""
 
 
-def missing_driver(device: Device) -> MdevError:
-    """Return the error for a device no driver matches."""
-    message = f"{device}: no driver for {device.modalias} is installed{_install(device.bus)}"
-    return MdevError(errno.ENODEV, message, device)
+def missing_driver(device: Device, refused: MdevError | None = None) -> MdevError:
+    """Return the error for a device no driver matches; `refused` says why an installed one cannot be used."""
+    return _missing(f"{device}: no driver for {device.modalias}", "is installed", device.bus, device, refused)
 
 
-def missing_bus(bus: str, wanted_by: object) -> MdevError:
-    """Return the error for a class bus that is not there."""
-    return MdevError(errno.ENODEV, f"{wanted_by}: class bus {bus} is not installed{_install(bus)}", wanted_by)
+def missing_bus(bus: str, wanted_by: object, refused: MdevError | None = None) -> MdevError:
+    """Return the error for a class bus that is not there; `refused` says why an installed one cannot be used."""
+    return _missing(f"{wanted_by}: class bus {bus}", "is not installed", bus, wanted_by, refused)
+
+
+def _missing(what: str, state: str, bus: str, subject: object, refused: MdevError | None) -> MdevError:
+    if refused is not None and refused.errno == errno.ENOEXEC:
+        return MdevError(errno.ENOEXEC, f"{what}: {refused}", subject)
+    blocked = f"; {refused}" if refused else ""
+    return MdevError(errno.ENODEV, f"{what} {state}{_install(bus)}{blocked}", subject)
+
+
+def install_parents() -> str:
+    """Return how to get a parent, in brackets."""
+    return f"(pip install {', or '.join(PARENT_PACKAGES)})"
 
 
 def no_parents() -> str:

@@ -11,10 +11,11 @@ import threading
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from mdevkit.attributes import Attribute, AttributeTable
-from mdevkit.errors import MdevError
+from mdevkit.errors import MdevError, shown
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 UNLIMITED = 2**31 - 1
 
 _GROUP = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+#: A file name that needs no quoting: 0000:06:00.0, mtty, card@2.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@+-]*")
 
 
 class Pool:
@@ -35,6 +38,8 @@ class Pool:
     """
 
     def __init__(self, name: str, capacity: int) -> None:
+        if capacity < 0:
+            raise MdevError(errno.EINVAL, f"a pool of {capacity} {name} cannot be", self)
         self.name = name
         self.capacity = capacity
         self._used = 0
@@ -53,10 +58,10 @@ class Pool:
             return dict(self._holders)
 
     def _shortage(self, units: int) -> str:
-        shown = [f"{holder} holds {held}" for holder, held in list(self._holders.items())[:4]]
-        if len(self._holders) > len(shown):
-            shown.append(f"and {len(self._holders) - len(shown)} more devices hold the rest")
-        held = f" ({', '.join(shown)})" if shown else ""
+        named = [f"{holder} holds {held}" for holder, held in islice(self._holders.items(), 4)]
+        if len(self._holders) > len(named):
+            named.append(f"and {len(self._holders) - len(named)} more devices hold the rest")
+        held = f" ({', '.join(named)})" if named else ""
         return f"{units} of {self.capacity} {self.name} wanted, {self.free} free{held}"
 
 
@@ -103,6 +108,10 @@ class MdevType:
     def __post_init__(self) -> None:
         if not _GROUP.fullmatch(self.group):
             raise MdevError(errno.EINVAL, f"type group {self.group!r} is not a file name", self)
+        self.costs = dict(self.costs)  # what is given back must be what was taken
+        for pool, units in self.costs.items():
+            if units < 1:
+                raise MdevError(errno.EINVAL, f"type {self.group} cannot take {units} {pool.name}: 1 is the least", self)
         self.table = AttributeTable(self.attributes)
         self.device_table = AttributeTable(self.device_attributes)
 
@@ -117,7 +126,7 @@ class MdevType:
     @property
     def available_instances(self) -> int:
         """How many more can be created now."""
-        return min((pool.free // units for pool, units in self.costs.items()), default=UNLIMITED)
+        return max(0, min((pool.free // units for pool, units in self.costs.items()), default=UNLIMITED))
 
 
 class ParentOps:
@@ -153,21 +162,38 @@ class Parent:
         #: Devices that are there, in the order they were created.
         self.mdevs: dict[UUID, Mdev] = {}
         self.leaving = False
+        #: Unregistered, or never was registered: its types are free for another parent.
+        self.gone = False
         self.suspended = False
         self._visitors: dict[int, int] = {}
-        for type_ in ops.types:
-            self._adopt(type_)
+        self._check_names()
+        self._adopt(list(ops.types))
 
     def __str__(self) -> str:
         return f"parent {self.name}"
 
-    def _adopt(self, type_: MdevType) -> None:
-        if hasattr(type_, "parent"):
-            raise MdevError(errno.EBUSY, f"{self}: type {type_.group} already belongs to {type_.parent}", self)
-        type_.parent = self
-        if type_.id in self.types:
-            raise MdevError(errno.EEXIST, f"{self}: type {type_.id} is stated twice", self)
-        self.types[type_.id] = type_
+    def _check_names(self) -> None:
+        if not self.name:
+            raise MdevError(errno.EINVAL, f"parent {type(self.ops).__qualname__} has no name", self.ops)
+        for name in (self.name, self.driver_name):
+            if not _NAME.fullmatch(name):
+                raise MdevError(errno.EINVAL, f"parent name {shown(name)} is not a file name", self.ops)
+
+    def _adopt(self, types: Sequence[MdevType]) -> None:
+        """Make the types ours, all or none."""
+        if not types:
+            raise MdevError(errno.EINVAL, f"{self} has no types", self.ops)
+        groups: set[str] = set()
+        for type_ in types:
+            owner: Parent | None = getattr(type_, "parent", None)
+            if owner is not None and not owner.gone:
+                raise MdevError(errno.EBUSY, f"{self}: type {type_.group} already belongs to {owner}", self.ops)
+            if type_.group in groups:
+                raise MdevError(errno.EEXIST, f"{self}: type {type_.group} is stated twice", self.ops)
+            groups.add(type_.group)
+        for type_ in types:
+            type_.parent = self
+            self.types[type_.id] = type_
 
     def get_attribute(self, name: str) -> Any:
         """Read an attribute of the parent."""
@@ -205,4 +231,13 @@ class Parent:
             if self.leaving:
                 raise MdevError(errno.ENODEV, f"{self} is being unregistered", self)
             self.leaving = True
-            self.lock.wait_for(lambda: not self._visitors)
+            try:
+                self.lock.wait_for(lambda: not self._visitors)
+            except BaseException:
+                self.stay()  # interrupted: everything goes on as before
+                raise
+
+    def stay(self) -> None:
+        """Take back `leave`."""
+        with self.lock:
+            self.leaving = False

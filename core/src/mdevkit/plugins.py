@@ -12,7 +12,8 @@ A plugin distribution registers in these groups; the object named there is a fac
 stevedore does the loading, without its cache (which loses the distribution, and misses changes within two minutes) and with
 a check for duplicates of our own (stevedore sees adjacent ones only). A plugin that cannot be used is recorded with its
 distribution, version and reason, and everybody else works. ``MDEVKIT_PLUGINS`` (an allow-list; empty allows none) and
-``MDEVKIT_PLUGINS_BLOCK`` take distribution names separated by commas. Loading may run on any thread, one at a time.
+``MDEVKIT_PLUGINS_BLOCK`` take distribution names separated by commas. Loading may run on any thread, one at a time:
+`Catalog.lock` is the one lock that is held while code of a plugin runs, as Python's own import lock is.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
-from mdevkit.errors import MdevError
+from mdevkit.errors import MdevError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from importlib.metadata import EntryPoint
+    from importlib.metadata import Distribution, EntryPoint
 
 GROUPS: Final = ("mdevkit.parents", "mdevkit.buses", "mdevkit.drivers", "mdevkit.wrappers", "mdevkit.cli")
 PARENTS, BUSES, DRIVERS, WRAPPERS, CLI = GROUPS
@@ -69,15 +71,26 @@ class Plugin:
         """The entry point's name."""
         return self.entry.name
 
-    @property
+    @cached_property
     def distribution(self) -> str:
-        """Name of the distribution that brought it."""
-        return self.entry.dist.name if self.entry.dist else "?"
+        """Name of the distribution that brought it; ``?`` when its metadata does not say."""
+        return self._metadata("Name")
+
+    @cached_property
+    def version(self) -> str:
+        """Version of that distribution; ``?`` when its metadata does not say."""
+        return self._metadata("Version")
 
     @property
-    def version(self) -> str:
-        """Version of that distribution."""
-        return self.entry.dist.version if self.entry.dist else "?"
+    def usable(self) -> bool:
+        """Whether it is neither refused nor blocked, as far as is known."""
+        return self.status in {Status.INSTALLED, Status.LOADED}
+
+    def _metadata(self, field: str) -> str:
+        try:
+            return (self.entry.dist.metadata[field] if self.entry.dist else None) or "?"
+        except (KeyError, OSError):  # what newer Pythons do where 3.11 returns None: an uninstallation that was cut short
+            return "?"
 
     def __str__(self) -> str:
         return f"plugin {self.name} of {self.distribution} {self.version}"
@@ -92,12 +105,43 @@ def installed() -> list[Plugin]:
     """Return every mdevkit entry point there is, by group and name. Reads metadata only, imports nothing of them."""
     from importlib.metadata import entry_points
 
-    everything = entry_points()
-    return [Plugin(entry) for group in GROUPS for entry in sorted(everything.select(group=group), key=_order)]
+    try:
+        everything = entry_points()
+    except (TypeError, ValueError, OSError):  # one distribution's file is damaged, and entry_points() gives up on all
+        plugins = _one_by_one()
+    else:
+        plugins = [Plugin(entry) for group in GROUPS for entry in everything.select(group=group)]
+    return sorted(plugins, key=lambda plugin: (GROUPS.index(plugin.group), plugin.name, plugin.distribution))
 
 
-def _order(entry: EntryPoint) -> tuple[str, str]:
-    return entry.name, entry.dist.name if entry.dist else ""
+def _one_by_one() -> list[Plugin]:
+    """Read the entry points of each distribution apart, so that a damaged file costs its own distribution only."""
+    from importlib.metadata import distributions
+
+    plugins: list[Plugin] = []
+    seen: set[str] = set()
+    for distribution in distributions():
+        name = _normal(distribution.metadata["Name"] or "")
+        if name not in seen:  # the first on the path hides the others
+            seen.add(name)
+            try:
+                plugins.extend(Plugin(entry) for entry in distribution.entry_points if entry.group in GROUPS)
+            except (TypeError, ValueError, OSError) as error:
+                plugins.extend(_damaged(distribution, error))
+    return plugins
+
+
+def _damaged(distribution: Distribution, error: Exception) -> list[Plugin]:
+    """Return a failed plugin for each of our groups that the damaged file of a distribution names."""
+    from importlib.metadata import EntryPoint
+
+    plugins = []
+    for group in GROUPS:
+        if f"[{group}]" in (distribution.read_text("entry_points.txt") or ""):
+            entry = EntryPoint(name="?", value="?", group=group)
+            vars(entry).update(dist=distribution)
+            plugins.append(Plugin(entry, Status.FAILED, f"its entry_points.txt is damaged: {describe(error)}"))
+    return plugins
 
 
 class Catalog:
@@ -106,44 +150,54 @@ class Catalog:
     def __init__(self, plugins: Sequence[Plugin]) -> None:
         #: All of them, also those that failed or are blocked.
         self.plugins: Final = list(plugins)
-        self._lock: Final = threading.RLock()
+        #: Held while a plugin is loaded and registered, so that two threads that want the same one get it once.
+        self.lock: Final = threading.RLock()
         _block(self.plugins)
-        _refuse_duplicates(self.plugins)
         _refuse_bad_driver_lines(self.plugins)
+        _refuse_duplicates(self.plugins)
 
     def find(self, group: str, name: str | None = None) -> list[Plugin]:
         """Return the plugins of a group that are not refused or blocked."""
-        return [
-            plugin
-            for plugin in self.plugins
-            if plugin.group == group and name in {None, plugin.name} and plugin.status in {Status.INSTALLED, Status.LOADED}
-        ]
+        return [plugin for plugin in self.plugins if plugin.group == group and name in {None, plugin.name} and plugin.usable]
+
+    def unusable(self, group: str, name: str | None = None) -> list[Plugin]:
+        """Return the plugins of a group that are refused or blocked."""
+        return [plugin for plugin in self.plugins if plugin.group == group and name in {None, plugin.name} and not plugin.usable]
 
     def load(self, plugin: Plugin) -> Any:
-        """Import a plugin, call its factory and return the product; ENOEXEC with distribution, version and reason."""
-        with self._lock:
+        """Import a plugin, call its factory and return the product.
+
+        ENOEXEC, with distribution, version and reason, for one that does not work; ENODEV for one that is blocked.
+        """
+        with self.lock:
             if plugin.status is Status.LOADED:
                 return plugin.product
-            if plugin.status is not Status.INSTALLED:
-                raise MdevError(errno.ENOEXEC, f"{plugin} cannot be used: {plugin.reason}", plugin)
+            if not plugin.usable:
+                number = errno.ENODEV if plugin.status is Status.BLOCKED else errno.ENOEXEC
+                raise MdevError(number, f"{plugin} cannot be used: {plugin.reason}", plugin)
             factory = _import(plugin)
             plugin.product = factory if plugin.group == CLI else _make(plugin, factory)
             plugin.status = Status.LOADED
             return plugin.product
 
+    def lines(self, plugin: Plugin) -> list[Plugin]:
+        """Return every entry point of the driver one of whose lines `plugin` is."""
+        driver, bus, _ = driver_line(plugin.name)
+        return next(lines for lines in self.drivers(bus, driver) if any(line is plugin for line in lines))
+
     def drivers(self, bus: str, wanted: str) -> list[list[Plugin]]:
         """Return the drivers of `bus` for a device's match, or of that driver name; each as the list of its lines.
 
-        A line's match matches every longer one too: the trailing wildcard of a Linux module alias is implied.
+        A line's match matches every longer one too: the trailing wildcard of a Linux module alias is implied. Drivers that
+        are refused or blocked are among them: whoever loads one learns why it is.
         """
-        named: dict[str, list[Plugin]] = {}
-        for plugin in self.find(DRIVERS):
-            driver, on, _ = driver_line(plugin.name)
-            if on == bus:
-                named.setdefault(driver, []).append(plugin)
+        named: dict[tuple[str, str], list[Plugin]] = {}
+        for plugin in self.plugins:
+            if plugin.group == DRIVERS and (parts := _DRIVER_LINE.fullmatch(plugin.name)) and parts[2] == bus:
+                named.setdefault((parts[1], plugin.distribution), []).append(plugin)
         return [
             lines
-            for driver, lines in named.items()
+            for (driver, _), lines in named.items()
             if driver == wanted or any(wanted.startswith(driver_line(line.name)[2]) for line in lines)
         ]
 
@@ -175,25 +229,35 @@ def _block(plugins: Iterable[Plugin]) -> None:
             plugin.status, plugin.reason = Status.BLOCKED, "not in MDEVKIT_PLUGINS"
 
 
-def _refuse_duplicates(plugins: Iterable[Plugin]) -> None:
-    """Refuse names that two distributions claim: neither is used, so that installing one cannot replace another silently."""
-    claims: dict[tuple[str, str], list[Plugin]] = {}
-    for plugin in plugins:
-        if plugin.status is not Status.BLOCKED:
-            claims.setdefault((plugin.group, plugin.name), []).append(plugin)
-    for claimants in claims.values():
-        for plugin in claimants if len(claimants) > 1 else ():
-            others = ", ".join(f"{other.distribution} {other.version}" for other in claimants if other is not plugin)
-            plugin.fail(f"{others} brings a {plugin.name} too; remove one, or block it with MDEVKIT_PLUGINS_BLOCK")
-
-
 def _refuse_bad_driver_lines(plugins: Iterable[Plugin]) -> None:
     for plugin in plugins:
-        if plugin.group == DRIVERS and plugin.status is Status.INSTALLED:
+        if plugin.group == DRIVERS and plugin.usable:
             try:
                 driver_line(plugin.name)
             except ValueError as error:
                 plugin.fail(str(error))
+
+
+def _refuse_duplicates(plugins: Iterable[Plugin]) -> None:
+    """Refuse names that two distributions claim: neither is used, so that installing one cannot replace another silently."""
+    claims: dict[tuple[str, ...], list[Plugin]] = {}
+    for plugin in plugins:
+        if plugin.usable:
+            claims.setdefault(_claim(plugin), []).append(plugin)
+    for (_, *_, name), claimants in claims.items():
+        for plugin in claimants:
+            others = {f"{other.distribution} {other.version}" for other in claimants if other.distribution != plugin.distribution}
+            if others:
+                reason = f"{', '.join(sorted(others))} brings a {name} too"
+                plugin.fail(f"{reason}; remove one, or block it with MDEVKIT_PLUGINS_BLOCK")
+
+
+def _claim(plugin: Plugin) -> tuple[str, ...]:
+    """Return what one distribution alone may have: a name in a group; of drivers, which have many lines, a name on a bus."""
+    if plugin.group != DRIVERS:
+        return plugin.group, plugin.name
+    driver, bus, _ = driver_line(plugin.name)
+    return plugin.group, bus, driver
 
 
 def _import(plugin: Plugin) -> Callable[[], Any]:
@@ -213,7 +277,7 @@ def _import(plugin: Plugin) -> Callable[[], Any]:
     except (Exception, SystemExit) as error:  # noqa: BLE001  (a plugin's bug; stevedore lets an AssertionError through)
         errors.append(error)
     if errors:
-        raise plugin.fail(f"{type(errors[0]).__name__}: {errors[0]}") from errors[0]
+        raise plugin.fail(describe(errors[0])) from errors[0]
     factory: Callable[[], Any] = loader.extensions[0].plugin
     return factory
 
@@ -224,4 +288,4 @@ def _make(plugin: Plugin, factory: Any) -> Any:
     try:
         return factory()
     except (Exception, SystemExit) as error:
-        raise plugin.fail(f"{plugin.entry.value}() failed: {type(error).__name__}: {error}") from error
+        raise plugin.fail(f"{plugin.entry.value}() failed: {describe(error)}") from error

@@ -15,6 +15,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 from uuid import UUID, uuid4
@@ -22,17 +23,20 @@ from uuid import UUID, uuid4
 from mdevkit.bus import Bus
 from mdevkit.dd import DriverCore
 from mdevkit.device import Device, Mdev, State
-from mdevkit.dispatch import ParentHooks, check_wrapper
+from mdevkit.dispatch import ParentHooks, check_wrapper, quietly
 from mdevkit.driver import Driver
-from mdevkit.errors import EPROBE_DEFER, MdevError
+from mdevkit.errors import EPROBE_DEFER, MdevError, brief, guard, shown
 from mdevkit.events import Action, EventLog
-from mdevkit.hints import missing_bus, no_parents
+from mdevkit.hints import install_parents, missing_bus
 from mdevkit.names import parse_uuid
 from mdevkit.parent import MdevType, Parent, ParentOps, release, reserve
-from mdevkit.plugins import BUSES, PARENTS, WRAPPERS, Catalog, Plugin, driver_line, installed
+from mdevkit.plugins import BUSES, DRIVERS, PARENTS, WRAPPERS, Catalog, Plugin, driver_line, installed
 from mdevkit.power import Power
+from mdevkit.sockets import Listen, listen_at
 
 log = logging.getLogger(__name__)
+
+_UUID_LENGTH = 36
 
 
 class Registry:
@@ -48,6 +52,8 @@ class Registry:
         #: What is installed; empty unless this registry discovers plugins.
         self.catalog: Final = catalog or Catalog(())
         self.remove_timeout = remove_timeout
+        #: Becomes `Mdev.listen` of every device created from now on.
+        self.listen: Listen = listen_at
         self._wrappers: Final[list[object]] = []
         self._core: Final = DriverCore(self.events, self._load_drivers, self._wrappers)
         self._power: Final = Power(self._core)
@@ -56,7 +62,6 @@ class Registry:
         #: Every UUID in use, from the start of its creation to the end of its release.
         self._uuids: Final[dict[UUID, Mdev]] = {}
         self._take(list(plugins))
-        self._discover()
 
     @classmethod
     def discover(cls, *, remove_timeout: float = 5.0) -> Self:
@@ -64,7 +69,11 @@ class Registry:
 
         A plugin that fails is recorded in ``catalog.plugins`` and harms nobody else.
         """
-        return cls(catalog=Catalog(installed()), remove_timeout=remove_timeout)
+        registry = cls(catalog=Catalog(installed()), remove_timeout=remove_timeout)
+        for group in (WRAPPERS, PARENTS):
+            for plugin in registry.catalog.find(group):
+                quietly(partial(registry.use, plugin))
+        return registry
 
     def __enter__(self) -> Self:
         return self
@@ -75,18 +84,13 @@ class Registry:
     def close(self) -> None:
         """Remove devices (by force), parents, drivers and buses, and end the event log. May be called again."""
         for parent in reversed(list(self._parents.values())):
-            self._attempt(lambda parent=parent: self.unregister_parent(parent.name))  # type: ignore[misc]
+            quietly(partial(self.unregister_parent, parent.name))
+        for device in reversed(self._core.devices):
+            quietly(partial(self.del_device, device))
         for bus, name in list(self._core.drivers):
-            self._attempt(lambda bus=bus, name=name: self._core.remove_driver(bus, name))  # type: ignore[misc]
+            quietly(partial(self._core.remove_driver, bus, name))
         self._core.buses.clear()
         self.events.close()
-
-    @staticmethod
-    def _attempt(call: Callable[[], None]) -> None:
-        try:
-            call()
-        except MdevError as error:
-            log.error("%s", error)
 
     # -- plugins -------------------------------------------------------------------------------------------------------
 
@@ -104,19 +108,32 @@ class Registry:
             elif isinstance(plugin, ParentOps):
                 self.register_parent(plugin)
 
-    def _discover(self) -> None:
-        for plugin in self.catalog.find(WRAPPERS):
-            self._use(plugin, lambda product: self._take([product]))
-        for plugin in self.catalog.find(PARENTS):
-            self._use(plugin, self._register_parents)
+    def use(self, plugin: Plugin) -> None:
+        """Load an installed plugin and register what it brings; a failure is recorded on the plugin and raised."""
+        register: dict[str, Callable[[Any], object]] = {
+            PARENTS: self._register_parents,
+            BUSES: lambda product: self._register_found_bus(product, plugin),
+            DRIVERS: lambda product: self._register_late(product, self.catalog.lines(plugin)),
+            WRAPPERS: self._register_wrapper,
+        }
+        with self.catalog.lock:
+            product = self.catalog.load(plugin)
+            try:
+                with guard(f"{plugin.entry.value}() returned what cannot be registered"):
+                    register.get(plugin.group, lambda _product: None)(product)
+            except MdevError as error:
+                raise plugin.fail(str(error)) from error
 
-    def _use(self, plugin: Plugin, register: Callable[[Any], object]) -> MdevError | None:
-        """Load a plugin and register its product; what fails is recorded on the plugin and returned."""
-        try:
-            register(self.catalog.load(plugin))
-        except MdevError as error:
-            return error if error.subject is plugin else plugin.fail(str(error))
-        return None
+    def _register_wrapper(self, product: Any) -> None:
+        check_wrapper(product)
+        self._wrappers.append(product)
+
+    def _register_found_bus(self, product: Any, plugin: Plugin) -> None:
+        if not isinstance(product, Bus):
+            raise MdevError(errno.EINVAL, f"{plugin.entry.value}() returned {_kind(product)}, not a Bus")
+        if product.name != plugin.name:
+            raise MdevError(errno.EINVAL, f"its entry point says bus {plugin.name}, it says {product.name}")
+        self.register_bus(product)
 
     def _register_parents(self, product: Any) -> None:
         """Register one ParentOps or several; all or none."""
@@ -131,10 +148,16 @@ class Registry:
         """Load the installed drivers for a match or of a name; return why one that should be there is not."""
         first: MdevError | None = None
         for lines in self.catalog.drivers(bus, wanted):
-            driver = driver_line(lines[0].name)[0]
-            if (bus, driver) not in self._core.drivers:
-                error = self._use(lines[0], lambda product, lines=lines: self._register_late(product, lines))  # type: ignore[misc]
-                first = first or error
+            key = bus, driver_line(lines[0].name)[0]
+            if key not in self._core.drivers:
+                try:
+                    with self.catalog.lock:
+                        if key not in self._core.drivers:
+                            self.use(lines[0])
+                except MdevError as error:
+                    first = first or brief(error)
+                    for line in lines:
+                        line.status, line.reason = lines[0].status, lines[0].reason
         return first
 
     def _register_late(self, driver: Any, lines: list[Plugin]) -> None:
@@ -142,7 +165,7 @@ class Registry:
         name, bus, _ = driver_line(lines[0].name)
         matches = {driver_line(line.name)[2] for line in lines}
         if not isinstance(driver, Driver):
-            raise MdevError(errno.EINVAL, f"{lines[0].entry.value}() returned {type(driver).__name__}, not a Driver")
+            raise MdevError(errno.EINVAL, f"{lines[0].entry.value}() returned {_kind(driver)}, not a Driver")
         if (driver.name, driver.bus) != (name, bus):
             raise MdevError(errno.EINVAL, f"its entry point says {name} on bus {bus}, it says {driver.name} on {driver.bus}")
         if set(driver.id_table) != matches:
@@ -170,16 +193,23 @@ class Registry:
         EINVAL when it has no name, no types, or breaks the contract; EEXIST when a parent of that name is there.
         """
         if not isinstance(ops, ParentOps):
-            raise MdevError(errno.EINVAL, f"{ops!r} is not a ParentOps object", ops)
-        if not ops.name or not ops.types:
-            raise MdevError(errno.EINVAL, f"parent {type(ops).__qualname__} has no {'types' if ops.name else 'name'}", ops)
-        hooks = ParentHooks(ops, self._wrappers)
-        with self._lock:
-            if ops.name in self._parents:
-                raise MdevError(errno.EEXIST, f"parent {ops.name} is already registered", ops)
-            parent = self._parents[ops.name] = Parent(ops, hooks)
-            self.events.emit(Action.CHANGE, parent.name, {"MDEV_STATE": "registered"})
+            raise MdevError(errno.EINVAL, f"a parent is wanted, not {_kind(ops)}", ops)
+        with guard(f"parent {type(ops).__qualname__} cannot be registered", ops):
+            self._check_new(ops.name, ops)
+            parent = Parent(ops, ParentHooks(ops, self._wrappers))
+        try:
+            with self._lock:
+                self._check_new(parent.name, ops)
+                self._parents[parent.name] = parent
+                self.events.emit(Action.CHANGE, parent.name, {"MDEV_STATE": "registered"})
+        except BaseException:
+            parent.gone = True
+            raise
         return parent
+
+    def _check_new(self, name: str, ops: ParentOps) -> None:
+        if name in self._parents:
+            raise MdevError(errno.EEXIST, f"parent {name} is already registered", ops)
 
     def unregister_parent(self, name: str) -> None:
         """Remove a parent and, by force, every device of it.
@@ -190,22 +220,33 @@ class Registry:
         if any(mdev.claimed_here for mdev in list(parent.mdevs.values())):
             raise MdevError(errno.EDEADLK, f"{parent} cannot be unregistered from inside a call to one of its devices", parent)
         parent.leave()
-        for mdev in reversed(list(parent.mdevs.values())):
-            self._attempt(lambda mdev=mdev: self._remove(mdev, 0.0, force=True))  # type: ignore[misc]
-        self._attempt(lambda: parent.hooks.unregister(parent))
+        try:
+            for mdev in reversed(list(parent.mdevs.values())):
+                quietly(partial(self._remove, mdev, 0.0, force=True))
+            quietly(lambda: parent.hooks.unregister(parent))
+        except BaseException:
+            parent.stay()  # interrupted: what is left can be unregistered again
+            raise
         with self._lock:
             del self._parents[name]
+            parent.gone = True
             self.events.emit(Action.CHANGE, name, {"MDEV_STATE": "unregistered"})
 
     def bus(self, name: str, wanted_by: object = None) -> Bus:
-        """Return a class bus, loading its plugin if need be; ENODEV says which package brings it."""
+        """Return a class bus, loading its plugin if need be; ENODEV says which package brings it, ENOEXEC why it does not work."""
+        refused = None
         if name not in self._core.buses:
-            for plugin in self.catalog.find(BUSES, name):
-                if error := self._use(plugin, self.register_bus):
-                    raise error
-        if name not in self._core.buses:
-            raise missing_bus(name, wanted_by or "registry")
-        return self._core.buses[name].bus
+            with self.catalog.lock:
+                for plugin in (self.catalog.find(BUSES, name) or self.catalog.unusable(BUSES, name))[:1]:
+                    try:
+                        if name not in self._core.buses:
+                            self.use(plugin)
+                    except MdevError as error:
+                        refused = brief(error)
+        try:
+            return self._core.buses[name].bus
+        except KeyError:
+            raise missing_bus(name, wanted_by or "registry", refused) from None
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
@@ -245,14 +286,22 @@ class Registry:
 
     def type(self, type_id: str, parent: str | None = None) -> MdevType:
         """Return a type by its id, of the given parent or of the first that has room; ENODEV with the ids there are."""
-        known = [type_ for owner in ([self.parent(parent)] if parent else self.parents) for type_ in owner.types.values()]
-        found = [type_ for type_ in known if type_.id == type_id]
+        return self._types(type_id, parent)[0]
+
+    def _types(self, type_id: str, parent: str | None) -> list[MdevType]:
+        """Return the types of an id, those with room first; ENODEV when there is none."""
+        owners = [self.parent(parent)] if parent else self.parents
+        found = [owner.types[type_id] for owner in owners if type_id in owner.types]
         if not found:
-            ids = ", ".join(sorted({type_.id for type_ in known}))
             where = f" of parent {parent}" if parent else ""
-            hint = f" (there are: {ids})" if ids else f"; {no_parents()}"
-            raise MdevError(errno.ENODEV, f"there is no type {type_id!r}{where}{hint}", type_id)
-        return next((type_ for type_ in found if type_.available_instances), found[0])
+            raise MdevError(errno.ENODEV, f"there is no type {type_id!r}{where}{self._type_hint(owners)}", type_id)
+        return sorted(found, key=lambda type_: (type_.parent.leaving, not type_.available_instances))
+
+    def _type_hint(self, owners: list[Parent]) -> str:
+        ids = ", ".join(sorted({type_id for owner in owners for type_id in owner.types}))
+        known = f" (there are: {ids})" if ids else f": no parent is installed {install_parents()}"
+        broken = [f"; {plugin} cannot be used: {plugin.reason}" for plugin in self.catalog.unusable(PARENTS)]
+        return known + "".join(broken)
 
     def get(self, uuid: UUID | str) -> Mdev:
         """Return the device of a UUID: ENODEV when there is none (a device still being created is not there yet)."""
@@ -263,11 +312,18 @@ class Registry:
         return mdev
 
     def find(self, prefix: str) -> Mdev:
-        """Return the device whose UUID starts with `prefix`: ENODEV when none does, EINVAL when several do."""
+        """Return the device whose UUID starts with `prefix`: ENODEV when none does, EINVAL when several do, or for no prefix."""
+        if len(prefix) == _UUID_LENGTH:
+            return self.get(prefix)
+        if not prefix:
+            raise MdevError(errno.EINVAL, "a UUID or the beginning of one is wanted, not nothing", prefix)
         found = [mdev for mdev in self.mdevs if mdev.name.startswith(prefix.lower())]
         if len(found) > 1:
-            raise MdevError(errno.EINVAL, f"{prefix!r} is the beginning of {len(found)} devices' UUIDs", prefix)
-        return found[0] if found else self.get(prefix)
+            some = ", ".join(mdev.name for mdev in found[:4]) + (", ..." if len(found) > 4 else "")
+            raise MdevError(errno.EINVAL, f"{prefix!r} is the beginning of {len(found)} devices' UUIDs: {some}", prefix)
+        if not found:
+            raise MdevError(errno.ENODEV, f"there is no device {shown(prefix)}", prefix)
+        return found[0]
 
     # -- life cycle of devices -----------------------------------------------------------------------------------------
 
@@ -289,21 +345,39 @@ class Registry:
         (parameter), ENODEV (type, parent, bus, driver, parent leaving), EEXIST (UUID in use), ENOSPC (no instance; says who
         holds them), or what vendor and driver raise.
         """
-        type_ = self.type(type_id, parent)
         wanted = uuid4() if uuid is None else parse_uuid(uuid)
-        checked = type_.device_table.parameters(params or {}, type_)
+        create = partial(
+            self._create, uuid=wanted, params=params or {}, bind=bind, override=driver_override, endpoint_path=endpoint_path
+        )
+        *others, last = self._types(type_id, parent)
+        for type_ in others:
+            try:
+                return create(type_)
+            except MdevError as error:
+                # Full, or about to leave, since we looked: the next parent may do.
+                if error.errno not in {errno.ENOSPC, errno.ENODEV} or error.subject not in (type_, type_.parent):
+                    raise
+        return create(last)
+
+    def _create(
+        self, type_: MdevType, uuid: UUID, params: Mapping[str, Any], bind: bool, override: str | None, endpoint_path: str | None
+    ) -> Mdev:
+        checked = type_.device_table.parameters(params, type_)
         bus = self.bus(type_.bus, type_)
         type_.parent.enter()
         try:
-            mdev = bus.device_class(wanted, type_, checked)
-            mdev.driver_override, mdev.endpoint_path = driver_override, endpoint_path
+            with guard(f"{type_}: create failed", type_):
+                mdev = bus.device_class(uuid, type_, checked)
+            mdev.driver_override, mdev.endpoint_path, mdev.listen = override or None, endpoint_path, self.listen
             trigger = self._core.trigger
             with ExitStack() as undo:
                 self._build(mdev, undo)
                 if bind:
+                    undo.callback(self._core.release, mdev)
                     self._first_probe(mdev)
+                env = self._core.uevent(mdev)
                 undo.pop_all()
-            self._publish(mdev)
+            self._publish(mdev, env)
         finally:
             type_.parent.exit()
         self._core.retry_since(trigger, mdev)
@@ -315,8 +389,9 @@ class Registry:
         undo.callback(self._release_uuid, mdev)
         reserve(mdev.type.costs, mdev.name, mdev.type)
         undo.callback(release, mdev.type.costs, mdev.name)
+        undo.callback(self._core.del_children, mdev)
         mdev.parent.hooks.create(mdev, mdev.params)
-        undo.callback(self._attempt, lambda: mdev.parent.hooks.remove(mdev))
+        undo.callback(quietly, lambda: mdev.parent.hooks.remove(mdev))
         if not mdev.class_id:
             raise MdevError(errno.EINVAL, f"{mdev}: {mdev.parent} set no class and ops in its create", mdev)
 
@@ -327,11 +402,10 @@ class Registry:
         except MdevError as error:
             if error.errno != EPROBE_DEFER:
                 raise
-            mdev.error = error
+            mdev.error = brief(error)
 
-    def _publish(self, mdev: Mdev) -> None:
+    def _publish(self, mdev: Mdev, env: dict[str, str]) -> None:
         """Let everybody see a device whose creation cannot fail any more."""
-        env = self._core.uevent(mdev)
         with mdev.lock:
             mdev.parent.mdevs[mdev.uuid] = mdev
             self.events.emit(Action.ADD, mdev.name, env)
@@ -374,18 +448,23 @@ class Registry:
         before = mdev.claim(State.REMOVING)
         try:
             self._core.let_go(mdev, timeout, force)
-        except MdevError:
+            env = self._core.uevent(mdev)
+        except BaseException:
             mdev.settle(before)
             raise
-        env = self._core.uevent(mdev)
-        self._core.withdraw(mdev)
-        self._attempt(lambda: mdev.parent.hooks.remove(mdev))
-        release(mdev.type.costs, mdev.name)
+        with ExitStack() as steps:  # last first, and each whatever becomes of the others
+            steps.callback(self._release_uuid, mdev)
+            steps.callback(self._retire, mdev, env)
+            steps.callback(release, mdev.type.costs, mdev.name)
+            steps.callback(self._core.del_children, mdev)
+            steps.callback(quietly, lambda: mdev.parent.hooks.remove(mdev))
+            self._core.withdraw(mdev)
+
+    def _retire(self, mdev: Mdev, env: dict[str, str]) -> None:
         with mdev.lock:
             del mdev.parent.mdevs[mdev.uuid]
             mdev.settle(State.GONE)
             self.events.emit(Action.REMOVE, mdev.name, env)
-        self._release_uuid(mdev)
 
     # -- binding -------------------------------------------------------------------------------------------------------
 
@@ -398,15 +477,7 @@ class Registry:
 
         ENODEV: no such device or driver, another bus, or no match. EBUSY: it is bound already.
         """
-        mdev = self.get(uuid)
-        before = mdev.driver_override
-        if override:
-            mdev.driver_override = driver
-        try:
-            self._core.bind(mdev, driver)
-        except MdevError:
-            mdev.driver_override = before
-            raise
+        self._core.bind(self.get(uuid), driver, override=override)
 
     def unbind(self, uuid: UUID | str, *, force: bool = False, timeout: float | None = None) -> None:
         """Take a device from its driver: ENODEV when it has none, EBUSY when its user holds on."""
@@ -414,7 +485,7 @@ class Registry:
 
     def set_driver_override(self, uuid: UUID | str, driver: str | None) -> None:
         """Let only the driver of that name bind the device, whatever its id table; None or "" clears it."""
-        self.get(uuid).driver_override = driver or None
+        self._core.set_override(self.get(uuid), driver or None)
 
     def add_device(self, device: Device) -> None:
         """Add a device that is no mdev (device_add): ADD, then a driver is looked for; none is no failure. EEXIST."""
@@ -444,4 +515,13 @@ class Registry:
             return list(self.parents)
         if isinstance(target, str) and target in self._parents:
             return [self._parents[target]]
+        if isinstance(target, str) and len(target) != _UUID_LENGTH:
+            raise MdevError(errno.ENODEV, f"there is no device or parent {shown(target)}", target)
         return [self.get(target)]
+
+
+def _kind(value: object) -> str:
+    """Say what a value is that is not what was wanted."""
+    if isinstance(value, type):
+        return f"the class {value.__qualname__} (an instance is wanted)"
+    return f"a {type(value).__qualname__} object"

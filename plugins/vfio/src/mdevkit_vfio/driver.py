@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdevkit.driver import Driver
 from mdevkit.errors import MdevError
 from mdevkit.hookspecs import hookimpl
+from mdevkit.paths import runtime_dir
 
 from mdevkit_vfio.bus import VfioBus, VfioMdev
 from mdevkit_vfio.server import Throttle, VfioUserServer
@@ -24,22 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from mdevkit.device import Device
-
-
-def default_socket(name: str) -> Path:
-    """Return the socket path for a device that asked for none: in $XDG_RUNTIME_DIR/mdevkit, or a private folder in /tmp."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    folder = Path(runtime) / "mdevkit" if runtime else Path(tempfile.gettempdir()) / f"mdevkit-{os.getuid()}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_private(folder)
-    return folder / f"{name}.sock"
-
-
-def _check_private(folder: Path) -> None:
-    """Refuse a folder somebody else made in a place where everybody may (CWE-379): EPERM."""
-    status = folder.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022 or folder.is_symlink():
-        raise MdevError(errno.EPERM, f"{folder} is not a folder that only this user can write; set XDG_RUNTIME_DIR", folder)
 
 
 class VfioUserEndpoint:
@@ -78,7 +61,7 @@ class VfioMdevDriver(Driver):
     def driver_probe(self, device: Device) -> VfioUserEndpoint:
         """Serve the device: EADDRINUSE, ENAMETOOLONG, ENOENT or EACCES for a socket path that cannot be used."""
         mdev = VfioMdev.from_device(device)
-        path = Path(mdev.endpoint_path) if mdev.endpoint_path else default_socket(mdev.name)
+        path = Path(mdev.endpoint_path or runtime_dir() / f"{mdev.name}.sock")
         server = VfioUserServer(mdev.get_ops(), path, mdev.name, throttle=self._throttle)
         server.start()
         return VfioUserEndpoint(server)

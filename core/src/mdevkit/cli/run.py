@@ -1,0 +1,82 @@
+"""``mdevkit run TYPE``: one device in the foreground, until Ctrl-C."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mdevkit.cli.options import settings as check_settings
+from mdevkit.cli.options import uuid_text
+from mdevkit.cli.output import say, say_json
+from mdevkit.errors import MdevError
+from mdevkit.registry import Registry
+from mdevkit.running import announced
+
+if TYPE_CHECKING:
+    from mdevkit.device import Mdev
+
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+def command(
+    type_id: Annotated[str, typer.Argument(metavar="TYPE", help="A type as `mdevkit types` shows it, e.g. mtty-2.")],
+    parent: Annotated[str | None, typer.Option("--parent", "-p", help="Create it on this parent.")] = None,
+    uuid: Annotated[
+        str | None, typer.Option("--uuid", "-u", callback=uuid_text, help="The device's UUID; made up by default.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", callback=check_settings, help="Set an attribute.")
+    ] = None,
+    socket: Annotated[str | None, typer.Option(metavar="PATH", help="Where to make the device's socket.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Create a device, print how to attach a hypervisor, and serve it until Ctrl-C."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+    with Registry.discover() as registry:
+        mdev = registry.create(
+            type_id,
+            uuid=uuid,
+            parent=parent,
+            params=dict(word.split("=", 1) for word in settings or []),
+            endpoint_path=socket and str(Path(socket).absolute()),
+        )
+        facts = describe(mdev)
+        with announced(mdev.name, facts):
+            # From here on signals end the wait instead of interrupting: nothing can cut the clean-up short.
+            stop = threading.Event()
+            for number in _SIGNALS:
+                signal.signal(number, lambda *_: stop.set())
+            say_json(facts) if as_json else _print(facts)
+            stop.wait()
+
+
+def describe(mdev: Mdev) -> dict[str, Any]:
+    """Return what other programs need to know about a running device."""
+    facts: dict[str, Any] = {"uuid": mdev.name, "type": mdev.type.id, "parent": mdev.parent.name, "pid": os.getpid()}
+    facts |= {"state": str(mdev.state), "driver": mdev.driver, "attach": {}}
+    if mdev.endpoint is not None:
+        facts |= mdev.endpoint.describe()
+        for client in ("qemu", "dpdk", "libvirt"):
+            try:
+                facts["attach"][client] = list(mdev.endpoint.attach(client))
+            except MdevError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+    return facts
+
+
+def _print(facts: dict[str, Any]) -> None:
+    say(f"device  {facts['uuid']} ({facts['type']} of {facts['parent']})")
+    if "socket" in facts:
+        say(f"socket  {facts['socket']}")
+    if "qemu" in facts["attach"]:
+        say(f"qemu    {shlex.join(facts['attach']['qemu'])}")
+    say("serving; Ctrl-C ends it")

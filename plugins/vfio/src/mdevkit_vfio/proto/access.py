@@ -1,0 +1,84 @@
+"""Region access: REGION_READ, REGION_WRITE and REGION_WRITE_MULTI."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from mdevkit_vfio.proto.header import Buffer, Command, at_least, fixed, invalid
+
+_ACCESS = struct.Struct("=QII")
+_MULTI = struct.Struct("=QII8s")
+_COUNT = struct.Struct("=Q")
+
+#: A whole REGION_READ, header included: the shape of almost every message a guest causes. Its reply begins alike.
+READ: Final = struct.Struct("=HHIIIQII")
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """The head of REGION_READ and REGION_WRITE, requests and replies: `count` bytes at `offset` of `region`."""
+
+    offset: int
+    region: int
+    count: int
+
+    def pack(self) -> bytes:
+        """Return the 16 bytes."""
+        return _ACCESS.pack(self.offset, self.region, self.count)
+
+
+def parse_region_read(payload: Buffer) -> Access:
+    """Read the payload of REGION_READ."""
+    fixed(Command.REGION_READ, payload, _ACCESS.size)
+    return Access(*_ACCESS.unpack(payload))
+
+
+def parse_region_data(command: Command, payload: Buffer) -> tuple[Access, bytes]:
+    """Read the payload of a REGION_WRITE or of the reply to a REGION_READ: exactly `count` bytes of data follow."""
+    at_least(command, payload, _ACCESS.size)
+    access = Access(*_ACCESS.unpack_from(payload))
+    data = bytes(payload[_ACCESS.size :])
+    if len(data) != access.count:
+        raise invalid(command, f"{len(data)} bytes of data for a count of {access.count}")
+    return access, data
+
+
+class Write(NamedTuple):
+    """One write of a WRITE_MULTI; `data` has 1 to 8 bytes."""
+
+    region: int
+    offset: int
+    data: bytes
+
+
+def pack_write_multi(writes: Sequence[Write]) -> bytes:
+    """Return the payload of REGION_WRITE_MULTI."""
+    return _COUNT.pack(len(writes)) + b"".join(_MULTI.pack(w.offset, w.region, len(w.data), w.data) for w in writes)
+
+
+def parse_write_multi(payload: Buffer) -> list[Write]:
+    """Read the payload of REGION_WRITE_MULTI; every write is checked before the first is done."""
+    at_least(Command.REGION_WRITE_MULTI, payload, _COUNT.size)
+    (count,) = _COUNT.unpack_from(payload)
+    fixed(Command.REGION_WRITE_MULTI, payload, _COUNT.size + count * _MULTI.size)
+    writes = []
+    for offset, region, size, data in _MULTI.iter_unpack(payload[_COUNT.size :]):
+        if not 1 <= size <= len(data):
+            raise invalid(Command.REGION_WRITE_MULTI, f"a write of {size} bytes does not fit its 8")
+        writes.append(Write(region, offset, data[:size]))
+    return writes
+
+
+def pack_write_multi_reply(count: int) -> bytes:
+    """Return the reply to REGION_WRITE_MULTI: `count` writes were done."""
+    return _COUNT.pack(count)
+
+
+def parse_write_multi_reply(payload: Buffer) -> int:
+    """Read the reply to REGION_WRITE_MULTI."""
+    fixed(Command.REGION_WRITE_MULTI, payload, _COUNT.size)
+    count: int = _COUNT.unpack(payload)[0]
+    return count

@@ -1,0 +1,61 @@
+"""The manual's page about the kit: its example runs as it is printed."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mdevkit_vfio.ops import IrqRequest
+from mdevkit_vfio.pci import PciDevice
+from mdevkit_vfio.uapi import Irq, IrqSet, MigrationState
+
+PAGE = Path(__file__).parents[3] / "docs" / "pci-kit.md"
+
+
+@pytest.fixture(scope="module")
+def example() -> dict[str, Any]:
+    """The names the page's blocks define, executed in order in one module."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    names: dict[str, Any] = {"__name__": "pci_kit_example"}
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+    return names
+
+
+def test_the_example_runs(example: dict[str, Any]) -> None:
+    card = example["card"]
+    assert isinstance(card, PciDevice)
+    assert card.dma.maps == 0, "the page's last lines have run"
+
+
+def test_the_example_migrates_while_busy(example: dict[str, Any]) -> None:
+    """What the page says of `save`, `load`, `stop` and `resume` holds for the card it shows."""
+    source, target = example["SumCard"](), example["SumCard"]()
+    source.open(example["NoMessages"]())
+    target.open(example["NoMessages"]())
+    source.migration.set_state(MigrationState.STOP_COPY)
+    source.write(0, 0, (0xBAD000).to_bytes(8, "little") + (4).to_bytes(4, "little") + b"\1\0\0\0")
+    assert source.regs.status == example["BUSY"]
+    target.migration.set_state(MigrationState.RESUMING)
+    target.migration.write(source.bytes.tobytes())
+    target.migration.set_state(MigrationState.RUNNING)
+    interrupt = os.eventfd(0, os.EFD_NONBLOCK)
+    target.set_irqs(IrqRequest(IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER, Irq.INTX, 0, 1, fds=[os.dup(interrupt)]))
+    assert select.select([interrupt], [], [], 5)[0], "the job that was under way is done again, and fails: a bad address"
+    assert target.regs.status == example["FAULT"]
+    assert source.regs.status == example["BUSY"], "stopped, so nothing changes"
+    source.release()
+    target.release()
+    os.close(interrupt)
+
+
+def test_every_name_of_the_tables_exists() -> None:
+    tables = re.findall(r"^\| `(.*?)` \|", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    names = {name for cell in tables for name in re.findall(r"(?:^|`)([a-z_]+)(?=\(|`|$)", cell)}
+    assert {"bar_read", "interrupt", "defer", "region_info"} <= names
+    assert [name for name in names if not hasattr(PciDevice, name)] == []

@@ -1,0 +1,1 @@
+"""The suites: abstract test classes, one for each contract. pytest rewrites the assertions in here (`mdevkit_testkit.plugin`)."""
