@@ -82,15 +82,19 @@ class Client:
         return _result(status, self._body(fields))
 
     def events(self, after: int | None = None, timeout: float | None = None) -> Iterator[dict[str, Any]]:
-        """Yield events as they happen, from the one after `after` (the newest by default), until none comes for `timeout` seconds.
+        """Return events as they happen, from the one after `after` (the newest by default), until none comes for `timeout` seconds.
 
-        Takes over the connection until it is closed. ``{"lagged": N}`` stands for N events that were lost.
+        When this returns, no event from now on is missed. Takes over the connection until it is closed. ``{"lagged": N}`` stands
+        for N events that were lost.
         """
         query = [f"{name}={value}" for name, value in (("after", after), ("timeout", timeout)) if value is not None]
         self._send("GET", "/v1/events" + ("?" + "&".join(query) if query else ""), None, {})
         status, fields = self._head()
         if status != 200:
             _result(status, self._body(fields))
+        return self._lines()
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
         pending = b""
         while chunk := self._chunk():
             *lines, pending = (pending + chunk).split(b"\n")
@@ -208,9 +212,7 @@ def start_service(path: str | os.PathLike[str], arguments: Sequence[str] = ()) -
         raise MdevError(error.errno or errno.EIO, message, path) from error
     with os.fdopen(descriptor, "ab") as output:
         command = [sys.executable, "-P", "-m", "mdevkit_service", "--socket", str(path), *arguments]
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, cwd="/"
-        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, cwd="/")
     deadline = time.monotonic() + START_LIMIT
     while time.monotonic() < deadline:
         try:

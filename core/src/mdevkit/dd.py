@@ -93,7 +93,7 @@ class DriverCore:
         key = bus, name
         with self._lock:
             if key not in self.drivers:
-                raise MdevError(errno.ENODEV, f"there is no driver {name} on bus {bus}")
+                raise MdevError(errno.ENODEV, f"there is no driver {name} on bus {bus}", name)
             self._leaving.add(key)
         try:
             while devices := self._drop_if_idle(key):
@@ -129,7 +129,7 @@ class DriverCore:
         try:
             return self.buses[name]
         except KeyError:
-            raise MdevError(errno.ENODEV, f"there is no bus {name}") from None
+            raise MdevError(errno.ENODEV, f"there is no bus {name}", name) from None
 
     # -- matching ------------------------------------------------------------------------------------------------------
 

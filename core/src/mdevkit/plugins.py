@@ -135,9 +135,13 @@ def _damaged(distribution: Distribution, error: Exception) -> list[Plugin]:
     """Return a failed plugin for each of our groups that the damaged file of a distribution names."""
     from importlib.metadata import EntryPoint
 
+    try:
+        text = distribution.read_text("entry_points.txt") or ""
+    except ValueError:  # not even text: what it was about cannot be known, so it is shown
+        text = f"[{PARENTS}]"
     plugins = []
     for group in GROUPS:
-        if f"[{group}]" in (distribution.read_text("entry_points.txt") or ""):
+        if f"[{group}]" in text:
             entry = EntryPoint(name="?", value="?", group=group)
             vars(entry).update(dist=distribution)
             plugins.append(Plugin(entry, Status.FAILED, f"its entry_points.txt is damaged: {describe(error)}"))

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import socket
+import struct
 import tempfile
 import threading
 import time
@@ -13,7 +14,9 @@ import pytest
 from mdevkit.errors import MdevError
 from mdevkit_vfio import proto
 from mdevkit_vfio.memory import sealed_memfd
+from mdevkit_vfio.migration import Migration
 from mdevkit_vfio.ops import DeviceInfo, GfxPlane, IrqInfo, Mapping, RegionInfo, SparseArea
+from mdevkit_vfio.pci import Bar, Msix, PciDevice, PciIds
 from mdevkit_vfio.proto import Command
 from mdevkit_vfio.server import VfioUserServer
 from mdevkit_vfio.uapi import Device, IrqFlag, IrqSet, MigrationFlag, MigrationState, RegionFlag
@@ -172,8 +175,12 @@ class Wire:
 
     def __init__(self, path, timeout=5):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self.sock.connect(str(path))
+        except OSError:
+            self.sock.close()
+            raise
         self.sock.settimeout(timeout)
-        self.sock.connect(str(path))
         self.id = 0x100
 
     def close(self):
@@ -183,7 +190,8 @@ class Wire:
         if fds:
             sent = socket.send_fds(self.sock, [data], list(fds))
             data = data[sent:]
-        self.sock.sendall(data)
+        if data:
+            self.sock.sendall(data)
 
     def receive(self):
         """The next message: header, payload, descriptors; None at the end of the stream."""
@@ -289,14 +297,14 @@ def folder():
 
 
 @pytest.fixture
-def recorder():
+def recorder(no_leaks):
     device = Recorder()
     yield device
     os.close(device.file)
 
 
 @pytest.fixture
-def make_recorder():
+def make_recorder(no_leaks):
     """Makes another recorder each time it is called."""
     made = []
 
@@ -324,7 +332,7 @@ def serve(no_leaks, folder):
     yield serve
     for server in servers:
         server.close()
-        assert not server.path.exists()
+    assert [server.path for server in servers if server.path.exists()] == []
 
 
 @pytest.fixture
@@ -355,7 +363,7 @@ def wire(server, connect):
 
 
 @pytest.fixture
-def eventfd():
+def eventfd(no_leaks):
     """Makes eventfds that are closed at the end."""
     made = []
 
@@ -369,7 +377,7 @@ def eventfd():
 
 
 @pytest.fixture
-def memfd():
+def memfd(no_leaks):
     """Makes memfds of a size that are closed at the end."""
     made = []
 
@@ -381,3 +389,68 @@ def memfd():
     yield make
     for fd in made:
         os.close(fd)
+
+
+class Card(PciDevice):
+    """A real PCI device: a block of registers, a doorbell, and a DMA engine that copies.
+
+    BAR 0: 0x00 INTx level; 0x04 sends MSI number n; 0x08 status (errno of the last copy, all ones while none is done);
+    0x10 source, 0x18 target, 0x20 length; 0x24 starts a copy, which sends MSI 0; from 0x40 on plain registers.
+    """
+
+    IDS = PciIds(0x1234, 0x5678, 0x1234, 1, 0x058000, 1)
+
+    def __init__(self, name="card", mapped=False):
+        self.registers = bytearray(256)
+        bars = {0: Bar(4096), 4: Bar(32, "io"), 5: Bar(0x2000)}
+        if mapped:
+            areas = (SparseArea(0x1000, 0x1000), SparseArea(0x4000, 0x4000))
+            bars[1] = Bar(0x10000, "mem64", mapped=True, areas=areas)
+        pin = 0 if mapped else 1
+        super().__init__(self.IDS, bars, interrupt_pin=pin, msi_vectors=4, msix=Msix(300, 5), name=name)
+        self.migration = Migration(
+            MigrationFlag.STOP_COPY | MigrationFlag.PRE_COPY,
+            save=lambda: b"card" + self.registers,
+            load=self.load,
+            header=lambda: b"card",
+            lock=self.lock,
+        )
+
+    def load(self, data):
+        if data[:4] != b"card":
+            raise MdevError(errno.EINVAL, "not the state of a card")
+        self.registers[:] = data[4:]
+
+    def device_reset(self):
+        self.registers[:] = bytes(256)
+        self.registers[8:12] = b"\xff" * 4
+
+    def bar_read(self, bar, offset, size):
+        return int.from_bytes(self.registers[offset : offset + size], "little") if bar == 0 else 0
+
+    def bar_write(self, bar, offset, size, value):
+        if bar == 0 and offset + size <= len(self.registers):
+            self.registers[offset : offset + size] = value.to_bytes(size, "little")
+            if offset == 0x00:
+                self.set_intx(bool(value))
+            elif offset == 0x04:
+                self.trigger_msi(value & 3)
+            elif offset == 0x24:
+                self.defer(self.copy)
+
+    def copy(self):
+        source, target, length = struct.unpack_from("<QQI", self.registers, 0x10)
+        try:
+            self.dma.write(target, self.dma.read(source, min(length, 1 << 20)))
+            status = 0
+        except OSError as error:
+            status = error.errno
+        with self.lock:
+            self.registers[8:12] = status.to_bytes(4, "little")
+        self.trigger_msi(0)
+
+
+@pytest.fixture
+def make_card(no_leaks):
+    """Makes cards."""
+    return Card

@@ -124,14 +124,17 @@ def test_an_error_sent_with_a_posted_message_stays_here(wire):
     assert wire.read(0, 0, 1) == b"\0"
 
 
-@pytest.mark.parametrize("size", [300, proto.MAX_DATA_XFER_SIZE])
-def test_a_message_may_come_in_pieces(wire, recorder, size):
-    recorder.regions[0] = RegionInfo(RegionFlag.READ | RegionFlag.WRITE, size)
-    message = proto.message(1, Command.REGION_WRITE, write(5, 0, bytes(300)))
-    for at in range(len(message)):
-        wire.send(message[at : at + 1])
+@pytest.mark.parametrize(("size", "step"), [(300, 1), (300, 17), (1 << 16, 9999), (1 << 20, 100_003)])
+def test_a_message_may_come_in_pieces(server, connect, recorder, size, step):
+    recorder.regions[0] = RegionInfo(RegionFlag.READ | RegionFlag.WRITE, 1 << 20)
+    wire = connect(server)
+    data = os.urandom(size)
+    message = proto.message(1, Command.REGION_WRITE, write(0, 0, data))
+    for at in range(0, len(message), step):
+        wire.send(message[at : at + step])
     assert wire.receive()[0].flags == proto.TYPE_REPLY
-    assert recorder.calls[-1] == ("write", 5, 0, bytes(300))
+    assert b"".join(call[3] for call in recorder.calls if call[0] == "write") == data
+    assert wire.read(2, 0, 4) == bytes(range(4))
 
 
 # -- GET_INFO, GET_REGION_INFO, GET_REGION_IO_FDS, GET_IRQ_INFO
@@ -281,6 +284,7 @@ def test_the_smaller_transfer_size_is_the_limit(server, connect, recorder):
     wire = connect(server, hello=False)
     wire.hello(proto.Version(0, 0, proto.Capabilities(max_data_xfer_size=4)).pack())
     assert wire.read(0, 0, 4) == b"\0\1\2\3"
+    assert wire.refused(Command.REGION_READ, ACCESS.pack(0, 0, 5)) == errno.EINVAL
     assert wire.refused(Command.REGION_WRITE, write(0, 0, b"12345")) == errno.EINVAL
     assert wire.refused(Command.MIG_DATA_READ, proto.pack_mig_data(5)) == errno.EINVAL
 

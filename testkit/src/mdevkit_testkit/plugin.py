@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +47,32 @@ def runtime_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Expect the failures a suite's class names in ``known_gaps``, and only those."""
-    suites = {cls for item in items if (cls := _suite_of(item)) is not None}
-    for cls in suites:
-        unknown = [name for name in cls.known_gaps if not hasattr(cls, name)]
+def pytest_configure(config: pytest.Config) -> None:
+    """Make known the marker by which suites say what a test is about."""
+    config.addinivalue_line("markers", "mdevkit_needs(capability): a test of something not every device has")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests of what a suite's class does not expect, and expect the failures it names in ``known_gaps``."""
+    for suite in {suite for item in items if (suite := _suite_of(item)) is not None}:
+        unknown = [name for name in suite.known_gaps if not hasattr(suite, name)]
         if unknown:
-            raise pytest.UsageError(f"{cls.__qualname__}.known_gaps names {', '.join(unknown)}, which the suite does not have")
+            raise pytest.UsageError(f"{suite.__qualname__}.known_gaps names {', '.join(unknown)}, which the suite does not have")
+    unwanted = [item for item in items if _is_unexpected(item)]
+    items[:] = [item for item in items if item not in unwanted]
+    config.hook.pytest_deselected(items=unwanted)
     for item in items:
-        cls, name = _suite_of(item), getattr(item, "originalname", item.name)
-        if cls is not None and name in cls.known_gaps:
-            item.add_marker(pytest.mark.xfail(reason=cls.known_gaps[name], strict=True))
+        reason = getattr(_suite_of(item), "known_gaps", {}).get(getattr(item, "originalname", item.name))
+        if reason is not None:
+            item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+
+
+def _is_unexpected(item: pytest.Item) -> bool:
+    expected = getattr(_suite_of(item), "expected", None)
+    return expected is not None and any(mark.args[0] not in expected for mark in item.iter_markers("mdevkit_needs"))
 
 
 def _suite_of(item: pytest.Item) -> Any:
     """Return the class of a suite's test, None for any other; told by its attribute, since suites may not be imported here."""
     cls = getattr(item, "cls", None)
-    return cls if isinstance(getattr(cls, "known_gaps", None), dict) else None
+    return cls if isinstance(getattr(cls, "known_gaps", None), Mapping) else None

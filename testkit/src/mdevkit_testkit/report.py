@@ -5,6 +5,7 @@ Takes the place of pytest's own reporter, whose words are for people who write t
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,15 +19,16 @@ class Group:
     """The checks of one contract on one type."""
 
     title: str
-    outcomes: Counter[str] = field(default_factory=Counter)
-    #: Reason of a skip, to how many checks it skipped.
-    skipped: Counter[str] = field(default_factory=Counter)
+    #: What became of each check: "passed", "failed", or why it was skipped.
+    outcomes: dict[str, str] = field(default_factory=dict)
 
-    def line(self) -> str:
-        """Return a summary."""
-        words = {"failed": "FAILED", "passed": "passed", "skipped": "skipped"}
-        counts = ", ".join(f"{self.outcomes[outcome]} {word}" for outcome, word in words.items() if self.outcomes[outcome])
-        return f"{self.title}: {counts}"
+    def lines(self) -> list[str]:
+        """Return a summary: the numbers, then the reasons of skips."""
+        count = Counter(self.outcomes.values())
+        failed, passed = count.pop("failed", 0), count.pop("passed", 0)
+        parts = {"FAILED": failed, "passed": passed, "skipped": count.total()}
+        summary = ", ".join(f"{number} {word}" for word, number in parts.items() if number)
+        return [f"  {self.title}: {summary}", *(f"      {number} skipped: {reason}" for reason, number in count.items())]
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Reporter:
     @property
     def checks(self) -> int:
         """How many checks were run or skipped."""
-        return sum(sum(group.outcomes.values()) for group in self._groups.values())
+        return sum(len(group.outcomes) for group in self._groups.values())
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Note what there is to run."""
@@ -68,18 +70,17 @@ class Reporter:
             say(f"... {_name(self._items[nodeid])}")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Count: a check counts once, when it has failed, was skipped, or its last phase is over."""
+        """Note what became of a phase of a check. A check that passed may fail in its last phase, where leaks are found."""
         item = self._items[report.nodeid]
-        group = self._group(item)
-        if report.failed:
-            group.outcomes["failed"] += 1
-            contract = " ".join((getattr(item, "function", item).__doc__ or "").split())
+        outcomes = self._group(item).outcomes
+        if report.skipped:
+            outcomes[report.nodeid] = _skip_reason(report)
+        elif report.failed and outcomes.get(report.nodeid) != "failed":
+            outcomes[report.nodeid] = "failed"
+            contract = " ".join((inspect.getdoc(getattr(item, "function", item)) or "").split("\n\n")[0].split())
             self.failures.append(Failure(_name(item), contract, _reason(report, verbose=self.verbose)))
-        elif report.skipped:
-            group.outcomes["skipped"] += 1
-            group.skipped[_skip_reason(report)] += 1
         elif report.when == "call":
-            group.outcomes["passed"] += 1
+            outcomes[report.nodeid] = "passed"
 
     def _group(self, item: pytest.Item) -> Group:
         suite: Any = getattr(item, "cls", None)
@@ -89,9 +90,8 @@ class Reporter:
     def summarize(self) -> None:
         """Print everything, and the verdict last."""
         for group in self._groups.values():
-            say(f"  {group.line()}")
-            for reason, count in group.skipped.items():
-                say(f"      {count} skipped: {reason}")
+            for line in group.lines():
+                say(line)
         for failure in self.failures:
             say()
             say(f"FAILED {failure.name}")

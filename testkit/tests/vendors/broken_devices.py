@@ -43,7 +43,7 @@ class TestOtherClass(VfioSuite):
 
 
 @fails(
-    test_device_can_do_what_is_expected="the device says it has no mapped, msix",
+    test_device_can_do_what_is_expected="the device says it has intx, migration, msi, precopy, reset; expected is mapped, msi, msix",
 )
 class TestLacksExpected(Suite):
     device = Registers
@@ -631,9 +631,7 @@ class TestRemembersClients(Suite):
     device = TestResetsHalf.device
 
 
-@fails(
-    test_killed_client_leaves_the_device_usable=r"left behind by a client that was killed: descriptor \d+ \(anon_inode:\[eventfd\]"
-)
+@fails(test_killed_client_leaves_the_device_usable=r"left behind by a client that was killed: descriptor \d+ \(anon_inode:")
 class TestKeepsEventfds(Suite):
     class device(Registers):
         def set_irqs(self, request: Any) -> None:
@@ -687,13 +685,17 @@ class TestLosesMaps(Suite):
 
 
 @fails(test_state_moves_between_clients="a device migrated by STOP_COPY saves another state")
-class TestSavesTheTime(Suite):
+class TestSavesItsNumber(Suite):
     class device(Registers):
-        saves = 0
+        made = 0
+
+        def __init__(self, name: str) -> None:
+            super().__init__(name)
+            type(self).made += 1
+            self.number = self.made % 256
 
         def save(self) -> bytes:
-            self.saves += 1
-            return super().save()[:-1] + bytes([self.saves & 0xFF])
+            return super().save()[:-1] + bytes([self.number])
 
 
 @fails(test_remove_asks_the_client_first="logged as errors: .*KeyError")

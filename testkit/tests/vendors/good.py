@@ -12,8 +12,16 @@ class TestSimple(ParentSuite):
     factory = SimpleParent
 
 
-class TestSimpleVfio(VfioSuite):
+class TestRegisters(VfioSuite):
     factory = SimpleParent
+    types = ("simple-regs",)
+    expected = ("reset", "intx", "msi", "migration", "precopy")
+
+
+class TestMapped(VfioSuite):
+    factory = SimpleParent
+    types = ("simple-mapped",)
+    expected = ("reset", "msix", "mapped")
 
 
 class TestSeveralParents(ParentSuite):

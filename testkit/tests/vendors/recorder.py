@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 from mdevkit_testkit import leaks
+from mdevkit_testkit.suites.vfio import base
 
-# Most of these vendors leak for good: waiting for that is what would take most of the time.
+# What these vendors leave behind will never go, and the signals they do not send will never come: no use in waiting long.
 leaks.GRACE = 0.1
+base.PATIENCE = 0.5
 
 _results: dict[str, dict[str, Any]] = {}
 

@@ -58,7 +58,7 @@ def _run(arguments: Sequence[str]) -> int:
     from mdevkit.cli.app import is_usage, make_app, usage
 
     try:
-        result = make_app(arguments)(list(arguments), prog_name="mdevkit", standalone_mode=False)
+        result = make_app(arguments)([*arguments], prog_name="mdevkit", standalone_mode=False)
     except Exception as error:
         if not is_usage(error):
             raise

@@ -21,6 +21,7 @@ def is_usage(error: Exception) -> bool:
 
 
 def usage(error: Any) -> int:
+    """Tell what is wrong with the command line and return the exit code."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "mdevkit"
     complain(f"{error.format_message()} (see {command} --help)")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import shlex
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mdevkit.cli.output import say, say_json
+from mdevkit.cli.remote import attach_facts
 from mdevkit.errors import MdevError
 from mdevkit.running import find
 
@@ -23,7 +24,7 @@ def command(
     """Print the exact arguments a hypervisor or application needs to use a running device."""
     if qemu + dpdk + libvirt + as_json > 1:
         raise typer.BadParameter("--qemu, --dpdk, --libvirt and --json exclude one another")
-    facts = find(uuid)
+    facts = _facts(uuid)
     if as_json:
         say_json(facts)
         return
@@ -36,3 +37,13 @@ def command(
             say(line)
     else:
         say(shlex.join(words))
+
+
+def _facts(uuid: str) -> dict[str, Any]:
+    """Return the facts of a device in the foreground, or of one in the service: ENODEV, EINVAL."""
+    try:
+        return find(uuid)
+    except MdevError as error:
+        if error.errno != errno.ENODEV:
+            raise
+    return attach_facts(uuid)

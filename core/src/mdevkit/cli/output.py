@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # typing would take longer to import than the rest of a quick command
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
 
 def safe(text: object) -> str:

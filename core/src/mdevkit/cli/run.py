@@ -6,6 +6,7 @@ import errno
 import os
 import shlex
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,6 +56,8 @@ def command(
             for number in _SIGNALS:
                 signal.signal(number, lambda *_: stop.set())
             say_json(facts) if as_json else _print(facts)
+            # Whoever started us through a pipe waits for this.
+            sys.stdout.flush()
             stop.wait()
 
 
@@ -62,6 +65,7 @@ def describe(mdev: Mdev) -> dict[str, Any]:
     """Return what other programs need to know about a running device."""
     facts: dict[str, Any] = {"uuid": mdev.name, "type": mdev.type.id, "parent": mdev.parent.name, "pid": os.getpid()}
     facts |= {"state": str(mdev.state), "driver": mdev.driver, "attach": {}}
+    facts["attributes"] = mdev.type.device_table.read_all(mdev)
     if mdev.endpoint is not None:
         facts |= mdev.endpoint.describe()
         for client in ("qemu", "dpdk", "libvirt"):
@@ -79,4 +83,7 @@ def _print(facts: dict[str, Any]) -> None:
         say(f"socket  {facts['socket']}")
     if "qemu" in facts["attach"]:
         say(f"qemu    {shlex.join(facts['attach']['qemu'])}")
+    for name, value in facts["attributes"].items():
+        if name.endswith("_path") and value:
+            say(f"{name}  {value}")
     say("serving; Ctrl-C ends it")

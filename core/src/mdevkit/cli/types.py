@@ -1,4 +1,7 @@
-"""``mdevkit types``: what can be created. Text and JSON as mdevctl's ``types`` prints them."""
+"""``mdevkit types``: what can be created. Text and JSON as mdevctl's ``types`` prints them.
+
+A running service is asked (`mdevkit.cli.quick`); here the installed parents are, when there is none.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mdevkit.cli.output import complain, say, say_json
+from mdevkit.cli.listing import list_types
+from mdevkit.cli.output import complain, say_json
 from mdevkit.hints import no_parents
 from mdevkit.registry import Registry
 
 if TYPE_CHECKING:
-    from mdevkit.parent import MdevType, Parent
+    from mdevkit.parent import MdevType
 
 
 def command(
@@ -21,28 +25,20 @@ def command(
     """List the types of the installed parents, and how many more of each can be created."""
     with Registry.discover() as registry:
         parents = [registry.parent(parent)] if parent else registry.parents
-        if as_json:
-            say_json([{owner.name: [{type_.id: _facts(type_)} for type_ in owner.types.values()]} for owner in parents])
-        elif parents:
-            _print(parents)
-        else:
-            complain(no_parents())
+        facts = [{"name": owner.name, "types": [_facts(type_) for type_ in owner.types.values()]} for owner in parents]
+    if facts:
+        list_types(facts, as_json=as_json)
+    elif as_json:
+        say_json([])
+    else:
+        complain(no_parents())
 
 
 def _facts(type_: MdevType) -> dict[str, Any]:
-    facts = {"available_instances": type_.available_instances, "device_api": type_.device_api}
-    optional = {"name": type_.name, "description": type_.description}
-    return facts | {key: value for key, value in optional.items() if value}
-
-
-def _print(parents: list[Parent]) -> None:
-    for parent in parents:
-        say(parent.name)
-        for type_ in parent.types.values():
-            say(f"  {type_.id}")
-            say(f"    Available instances: {type_.available_instances}")
-            say(f"    Device API: {type_.device_api}")
-            if type_.name:
-                say(f"    Name: {type_.name}")
-            if type_.description:
-                say(f"    Description: {type_.description.replace(chr(10), ', ')}")
+    return {
+        "id": type_.id,
+        "available_instances": type_.available_instances,
+        "device_api": type_.device_api,
+        "name": type_.name,
+        "description": type_.description,
+    }

@@ -19,7 +19,7 @@ from mdevkit.errors import MdevError, wrap
 MAX_PATH: Final = 107
 #: Who may connect: the owner.
 MODE: Final = 0o600
-_BACKLOG: Final = 128
+_BACKLOG: Final = 512
 #: Seconds in which somebody who has bound a path gets round to listening on it.
 _GRACE: Final = 0.05
 

@@ -161,15 +161,15 @@ class VfioUserServer:
         count = 0
         asker: threading.Thread | None = None
         while not session.done.is_set():
+            left = deadline - time.monotonic()
+            if asker is not None and left <= 0:
+                return False
             if asker is None or not asker.is_alive():
                 # On a thread of its own: the client can make the write to its eventfd block.
                 asker = threading.Thread(target=self._ask, args=(count,), name=f"{self.name} ask", daemon=True)
                 asker.start()
                 count += 1
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            session.done.wait(min(left, ASK_INTERVAL))
+            session.done.wait(max(0, min(left, ASK_INTERVAL)))
         if asker is not None:
             asker.join(END_TIMEOUT)
         return True
@@ -239,7 +239,7 @@ class VfioUserServer:
         session.start()
 
     def _reap(self, session: Session) -> None:
-        session.close()
+        session.join()
         with self._lock:
             self._session = None
 

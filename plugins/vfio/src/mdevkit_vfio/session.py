@@ -4,7 +4,7 @@ The thread blocks in one receive into a preallocated buffer and answers with one
 register read, and that one is handled in the loop itself. Everything a client can do wrong ends in an error reply, or in
 the end of this connection where the stream has lost its framing; it never leaves this thread.
 
-Threads: `start` makes the connection's thread, which alone calls the device's ops. `shut`, `drain`, `hung_up`, `close` and
+Threads: `start` makes the connection's thread, which alone calls the device's ops. `shut`, `drain`, `hung_up`, `join` and
 the attributes are for the thread of the server (`mdevkit_vfio.server`); they take no lock that the connection's thread
 holds while it waits for its client.
 """
@@ -137,11 +137,9 @@ class Session:
         if self._commands is not None:
             self._commands.grants.drain()
 
-    def close(self) -> None:
-        """Join the thread and close the connection. Call once `done` is set."""
+    def join(self) -> None:
+        """Wait for the thread. Call once `done` is set."""
         self._thread.join()
-        with self._close_lock:
-            self._sock.close()
 
     @property
     def current(self) -> bool:
@@ -158,9 +156,10 @@ class Session:
         except Exception:
             log.exception("%s: serving %s failed", self._name, self.client)
         finally:
-            self.shut()
-            self._inbox.close()
             self._throttle.leave(self._turn)
+            self._inbox.close()
+            with self._close_lock:
+                self._sock.close()
             self.done.set()
             self._ended()
 
@@ -210,6 +209,7 @@ class Session:
         turn, throttle, inbox, buffer = self._turn, self._throttle, self._inbox, self._inbox.buffer
         receive, window, send = self._sock.recvmsg_into, [inbox.view], self._sock.sendall
         read, sizes, regions = self._ops.read, commands.readable, len(commands.readable)
+        most = min(PART, self._limit)
         while True:
             turn.idle = True
             received, ancillary, flags, _ = receive(window, ANCILLARY, RECEIVE_FLAGS)
@@ -217,7 +217,7 @@ class Session:
             throttle.last = turn
             if received == _READ_SIZE and flags == RECEIVE_FLAGS and not ancillary and self.observer is None:
                 ident, head, offset, region, count = _unpack_read(buffer)
-                if head == _READ_HEAD and count <= PART and region < regions and offset + count <= sizes[region]:
+                if head == _READ_HEAD and count <= most and region < regions and offset + count <= sizes[region]:
                     try:
                         data = read(region, offset, count)
                         reply = _pack_reply(ident, 9, _READ_SIZE + count, 1, 0, offset, region, count) + data

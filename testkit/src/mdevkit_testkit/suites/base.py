@@ -7,7 +7,7 @@ new registry, new parents and a leak check of its own; they call from pytest's t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import EntryPoint
@@ -35,10 +35,12 @@ class Suite:
     factory: ClassVar[Callable[[], ParentOps | Sequence[ParentOps]]]
     #: Create parameters every device is created with.
     params: ClassVar[Mapping[str, Any]] = {}
+    #: The types to test, by id; all of them when none are named.
+    types: ClassVar[Collection[str]] = ()
     #: How many devices of a type are alive at once at most, where a test would use all there are.
     most: ClassVar[int] = 32
     #: Tests known to fail, with the reason; they are reported as expected failures, and fail when they pass.
-    known_gaps: ClassVar[dict[str, str]] = {}
+    known_gaps: ClassVar[Mapping[str, str]] = {}
 
     pytestmark: ClassVar[Sequence[pytest.MarkDecorator]] = [
         pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning"),
@@ -69,6 +71,7 @@ class Suite:
         return [
             pytest.param(type_id, marks=[pytest.mark.skip(reason=reason)] if reason else [])
             for type_id, reason in _reasons(cls.make_registry, cls.wanted).items()
+            if type_id in (cls.types or [type_id])
         ]
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:

@@ -219,9 +219,11 @@ def migrate(source: VfioUserClient, target: VfioUserClient, *, pre_copy: bool = 
 class VfioUserClient:
     """A connection to a vfio-user device. Use `connect`, and the result as a context manager."""
 
-    def __init__(self, channel: Channel, version: proto.Version) -> None:
+    def __init__(self, channel: Channel, version: proto.Version, max_transfer: int) -> None:
         #: The connection, for what this class does not offer.
         self.channel: Final = channel
+        #: The most data of one message, in bytes: the smaller of both sides' limits.
+        self.max_transfer: Final = min(max_transfer, version.capabilities.max_data_xfer_size, proto.MAX_DATA_XFER_SIZE)
         #: What the server answered.
         self.version: Final = version
         #: The device's migration.
@@ -253,7 +255,8 @@ class VfioUserClient:
             raise wrap(error, f"cannot connect to {path}", path) from error
         channel = Channel(sock, timeout)
         try:
-            return cls(channel, _agree(channel, proto.Version(proto.MAJOR, minor, capabilities)))
+            version = _agree(channel, proto.Version(proto.MAJOR, minor, capabilities))
+            return cls(channel, version, capabilities.max_data_xfer_size)
         except BaseException:
             channel.close()
             raise
@@ -285,11 +288,6 @@ class VfioUserClient:
         reply = self.channel.request(command, payload, fds)
         close_all(reply.fds)
         return _checked(reply).payload
-
-    @property
-    def max_transfer(self) -> int:
-        """The most data of one message, in bytes."""
-        return min(self.version.capabilities.max_data_xfer_size, proto.MAX_DATA_XFER_SIZE)
 
     @property
     def info(self) -> DeviceInfo:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from random import Random
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -27,6 +28,9 @@ WIDTHS: Final = (1, 2, 4, 8)
 #: How much of a region's beginning and end is looked at, in bytes.
 _BEGINNING: Final = 4096
 _END: Final = 64
+
+#: How long a signal may take to come, in seconds.
+PATIENCE = 2.0
 
 #: Guest memory that scribbled DMA addresses may hit.
 _GUEST_SIZE: Final = 1 << 20
@@ -97,13 +101,22 @@ Fingerprint = dict[Place, Reading]
 class VfioBase(Suite):
     """Fixtures for the parts of the suite."""
 
-    #: What the devices must be able to do, of "reset", "intx", "msi", "msix", "mapped", "migration", "precopy".
-    expected: ClassVar[Collection[str]] = ()
+    #: What the devices can do, exactly: "reset", "intx", "msi", "msix", "mapped", "migration", "precopy". Tests of other things are
+    #: left out then. Not stated, what a device says of itself decides what is skipped.
+    expected: ClassVar[Collection[str] | None] = None
 
     @classmethod
     def wanted(cls, type_: MdevType) -> str:
         """See `Suite.wanted`."""
         return "" if type_.bus == VfioBus.name else f"devices of {type_} are on bus {type_.bus}, not of the VFIO class"
+
+    @pytest.fixture(autouse=True)
+    def skip_what_devices_lack(self, request: pytest.FixtureRequest) -> None:
+        """Skip a test of something the type's devices do not have."""
+        for mark in request.node.iter_markers("mdevkit_needs"):
+            (capability,) = mark.args
+            if capability not in self.capabilities(request.getfixturevalue("type_id")):
+                pytest.skip(f"the device says it has no {_CAPABILITIES[capability]}")
 
     @pytest.fixture
     def ops(self, registry: Registry, mdev_type: MdevType) -> Iterator[VfioOps]:
@@ -127,6 +140,17 @@ class VfioBase(Suite):
         yield make
         for context in reversed(opened):
             context.__exit__(None, None, None)
+
+    @classmethod
+    def capabilities(cls, type_id: str) -> frozenset[str]:
+        """Return what devices of a type say that they can do, in the words of `expected`."""
+        return _capabilities(cls.look_at, type_id)
+
+    @classmethod
+    def look_at(cls, type_id: str) -> frozenset[str]:
+        """Make a device, and ask it."""
+        with cls.make_registry() as registry, cls.opened(cls().create(registry.type(type_id), registry)) as ops:
+            return capabilities_of(ops)
 
     def fresh(self, type_: MdevType, registry: Registry) -> Fingerprint:
         """Return what a new device reads."""
@@ -152,10 +176,21 @@ class VfioBase(Suite):
             guest.close()
 
 
+def needs(capability: str) -> pytest.MarkDecorator:
+    """Mark a test as one of something that not every device has; `capability` as in `VfioBase.expected`."""
+    return pytest.mark.mdevkit_needs(capability)
+
+
+@cache
+def _capabilities(look: Callable[[str], frozenset[str]], type_id: str) -> frozenset[str]:
+    """Remember what `VfioBase.look_at` has found."""
+    return look(type_id)
+
+
 # -- what a device has -----------------------------------------------------------------------------------------------------
 
 
-def capabilities(ops: VfioOps) -> frozenset[str]:
+def capabilities_of(ops: VfioOps) -> frozenset[str]:
     """Return what a device says of itself, in the words of `VfioBase.expected`."""
     found = {name for name, index in (("intx", Irq.INTX), ("msi", Irq.MSI), ("msix", Irq.MSIX)) if irq_count(ops, index)}
     if ops.info().flags & DeviceFlag.RESET:
@@ -167,12 +202,6 @@ def capabilities(ops: VfioOps) -> frozenset[str]:
         if ops.migration.flags & MigrationFlag.PRE_COPY:
             found.add("precopy")
     return frozenset(found)
-
-
-def require(ops: VfioOps, capability: str) -> None:
-    """Skip the test when a device lacks a capability."""
-    if capability not in capabilities(ops):
-        pytest.skip(f"the device says it has no {_CAPABILITIES[capability]}")
 
 
 def irq_count(ops: VfioOps, index: int) -> int:

@@ -8,7 +8,7 @@ from typing import Final
 from mdevkit_vfio.ops import VfioOps
 from mdevkit_vfio.uapi import Irq, Region
 
-from mdevkit_testkit.suites.vfio.base import VfioBase, config, irq_count, poke, require
+from mdevkit_testkit.suites.vfio.base import VfioBase, config, irq_count, needs, poke
 
 _VENDOR: Final = 0x00
 _STATUS: Final = 0x06
@@ -87,9 +87,9 @@ class ConfigSpace(VfioBase):
                 for what, register in (("table", offset + 4), ("pending bits", offset + 8)):
                     _check_msix_place(ops, what, config(ops, register, 4), (control & 0x7FF) + 1)
 
+    @needs("mapped")
     def test_mapped_regions_go_without_intx(self, ops: VfioOps) -> None:
         """Checks that a device with a region that can be mapped has no INTx: QEMU unmaps all of them at its first interrupt."""
-        require(ops, "mapped")
         assert not irq_count(ops, Irq.INTX), "a region can be mapped, and the device has INTx; use MSI or MSI-X"
 
 

@@ -13,7 +13,7 @@ from mdevkit_vfio.ops import DmaRegion, VfioOps
 
 from mdevkit_testkit.leaks import Snapshot
 from mdevkit_testkit.suites.base import refused
-from mdevkit_testkit.suites.vfio.base import GuestMemory, VfioBase, map_or_close, require
+from mdevkit_testkit.suites.vfio.base import GuestMemory, VfioBase, map_or_close, needs
 
 _PAGE: Final = 4096
 #: Above the memory the suite maps when it opens a device.
@@ -90,9 +90,9 @@ class Dma(VfioBase):
         left = before.leaks()
         assert not left, f"left behind by unmap_all: {', '.join(left)}"
 
+    @needs("reset")
     def test_reset_keeps_maps(self, ops: VfioOps, guest: GuestMemory) -> None:
         """Checks that RESET leaves the memory mapped."""
-        require(ops, "reset")
         map_or_close(ops, guest.region(_BASE))
         ops.reset()
         ops.dma_unmap(_BASE, guest.size)

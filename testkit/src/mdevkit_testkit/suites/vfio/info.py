@@ -14,7 +14,7 @@ from mdevkit_testkit.suites.base import refused, tolerated
 from mdevkit_testkit.suites.vfio.base import (
     WIDTHS,
     VfioBase,
-    capabilities,
+    capabilities_of,
     fingerprint,
     irq_count,
     look,
@@ -44,9 +44,10 @@ class Info(VfioBase):
         assert vfio.get_ops() is ops
 
     def test_device_can_do_what_is_expected(self, ops: VfioOps) -> None:
-        """Checks that the device has the capabilities the suite's class states as `expected`."""
-        missing = set(self.expected) - capabilities(ops)
-        assert not missing, f"the device says it has no {', '.join(sorted(missing))}"
+        """Checks that the device has the capabilities the suite's class states as `expected`, if it does, and no others."""
+        found = sorted(capabilities_of(ops))
+        stated = found if self.expected is None else sorted(self.expected)
+        assert found == stated, f"the device says it has {', '.join(found)}; expected is {', '.join(stated)}"
 
     def test_device_info(self, ops: VfioOps) -> None:
         """Checks that GET_INFO describes a PCI device of a size clients take, and says the same twice."""

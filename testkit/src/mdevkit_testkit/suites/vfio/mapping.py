@@ -13,7 +13,7 @@ from mdevkit_vfio.ops import Mapping, RegionInfo, SparseArea, VfioOps
 from mdevkit_vfio.uapi import RegionFlag
 
 from mdevkit_testkit.suites.base import refused
-from mdevkit_testkit.suites.vfio.base import VfioBase, region_name, regions, require
+from mdevkit_testkit.suites.vfio.base import VfioBase, needs, region_name, regions
 
 _SEALS: Final = {"F_SEAL_SHRINK": fcntl.F_SEAL_SHRINK, "F_SEAL_GROW": fcntl.F_SEAL_GROW, "F_SEAL_SEAL": fcntl.F_SEAL_SEAL}
 
@@ -21,9 +21,9 @@ _SEALS: Final = {"F_SEAL_SHRINK": fcntl.F_SEAL_SHRINK, "F_SEAL_GROW": fcntl.F_SE
 class MappedRegions(VfioBase):
     """The files behind regions with the flag MMAP."""
 
+    @needs("mapped")
     def test_mapped_regions_are_sealed_memory_files(self, ops: VfioOps) -> None:
         """Checks that what a client maps is a memfd that nobody can make shorter or longer, and covers the region."""
-        require(ops, "mapped")
         for index, info, mapping in _mapped(ops):
             name = region_name(index)
             seals = fcntl.fcntl(mapping.fd, fcntl.F_GET_SEALS)
@@ -34,9 +34,9 @@ class MappedRegions(VfioBase):
             with refused(f"making the file behind {name} shorter", errno.EPERM):
                 os.ftruncate(mapping.fd, 0)
 
+    @needs("mapped")
     def test_mapped_areas_are_pages_of_the_region(self, ops: VfioOps) -> None:
         """Checks that the areas that can be mapped are whole pages, lie in the region and do not overlap."""
-        require(ops, "mapped")
         for index, info, mapping in _mapped(ops):
             end = 0
             assert mapping.offset % mmap.PAGESIZE == 0, f"{region_name(index)} starts at {mapping.offset:#x} of its file"
@@ -49,9 +49,9 @@ class MappedRegions(VfioBase):
                 end = area.offset + area.size
                 assert end <= info.size, f"{name} ends beyond the region's {info.size:#x} bytes"
 
+    @needs("mapped")
     def test_mapping_and_messages_reach_the_same_bytes(self, ops: VfioOps) -> None:
         """Checks that what is written by message is seen in the mapping, and the other way round."""
-        require(ops, "mapped")
         for index, info, mapping in _mapped(ops):
             for area in _areas(info, mapping):
                 with mmap.mmap(mapping.fd, area.size, offset=mapping.offset + area.offset) as memory:

@@ -23,9 +23,9 @@ from mdevkit_testkit.suites.vfio.base import (
     VfioBase,
     differences,
     fingerprint,
+    needs,
     places,
     registers,
-    require,
     scribble,
     volatile,
 )
@@ -118,6 +118,7 @@ def load(migration: MigrationOps, data: bytes, chunk: int = 1 << 16) -> None:
 class Migration(VfioBase):
     """Saving and loading devices."""
 
+    @needs("migration")
     def test_every_arc_is_the_kernels(self, ops: VfioOps) -> None:
         """Checks that from each state exactly those states are reached that the kernel's table allows, others get EINVAL."""
         migration = _migration(ops)
@@ -136,17 +137,19 @@ class Migration(VfioBase):
                     migration.set_state(wanted)
         ops.reset()
 
+    @needs("migration")
     def test_stop_copy_carries_the_whole_state(self, ops: VfioOps, make_ops: Callable[[], VfioOps]) -> None:
         """Checks that a device loaded with another's STOP_COPY stream reads like it, and saves the same stream again."""
         self._check_transfer(ops, make_ops, save)
 
+    @needs("precopy")
     def test_pre_copy_carries_the_whole_state(self, ops: VfioOps, make_ops: Callable[[], VfioOps]) -> None:
         """Checks the same for a stream read while the device ran, by PRE_COPY, and after it was stopped."""
-        require(ops, "precopy")
         paths = [[S.PRE_COPY]] + ([[S.PRE_COPY, S.PRE_COPY_P2P]] if _migration(ops).flags & MigrationFlag.P2P else [])
         for path in paths:
             self._check_transfer(ops, make_ops, partial(_save_early, path))
 
+    @needs("migration")
     def test_stream_does_not_depend_on_the_pieces(self, ops: VfioOps) -> None:
         """Checks that a stream read or written in pieces of any size is the same stream."""
         migration = _migration(ops)
@@ -159,10 +162,12 @@ class Migration(VfioBase):
                 load(migration, whole, chunk)
                 assert save(migration) == whole, f"written in pieces of {chunk} bytes the stream loads another state"
 
+    @needs("migration")
     def test_size_is_told(self, ops: VfioOps) -> None:
         """Checks that the device gives an estimate of its stream's length."""
         assert _migration(ops).data_size() > 0
 
+    @needs("migration")
     def test_streams_are_closed_outside_their_states(self, ops: VfioOps) -> None:
         """Checks that reading is refused with EINVAL or ENODEV where nothing is saved, and writing where nothing is loaded."""
         migration = _migration(ops)
@@ -178,6 +183,7 @@ class Migration(VfioBase):
                     migration.write(stream[:16])
         ops.reset()
 
+    @needs("migration")
     def test_broken_streams_are_refused_without_effect(self, ops: VfioOps) -> None:
         """Checks that streams cut short, too long or of random bytes are refused and leave the device as it was."""
         migration = _migration(ops)
@@ -195,6 +201,7 @@ class Migration(VfioBase):
         ops.reset()
         assert migration.state is S.RUNNING, "RESET does not bring a device back that has refused a stream"
 
+    @needs("migration")
     def test_mutated_streams_do_no_harm(self, ops: VfioOps) -> None:
         """Checks that a stream with a few bits changed is refused with an OSError or leaves a device that works."""
         migration = _migration(ops)
@@ -239,7 +246,6 @@ class Migration(VfioBase):
 
 
 def _migration(ops: VfioOps) -> MigrationOps:
-    require(ops, "migration")
     assert ops.migration is not None
     assert ops.migration.flags & MigrationFlag.STOP_COPY, f"migration with flags {ops.migration.flags!r} lacks STOP_COPY"
     return ops.migration

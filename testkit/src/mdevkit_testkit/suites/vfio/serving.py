@@ -24,7 +24,8 @@ from mdevkit_vfio.uapi import MigrationState as S
 
 from mdevkit_testkit.leaks import Snapshot
 from mdevkit_testkit.suites.base import refused
-from mdevkit_testkit.suites.vfio.base import Fingerprint, VfioBase, differences, fingerprint, volatile
+from mdevkit_testkit.suites.vfio import base
+from mdevkit_testkit.suites.vfio.base import Fingerprint, VfioBase, differences, fingerprint, needs, volatile
 
 #: A client that makes itself at home and waits to be killed; argument: the socket.
 _VICTIM: Final = """
@@ -165,7 +166,7 @@ class Serving(VfioBase):
                     line = client.arm(index)[0]
                     line.wait(0)
                     client.trigger(index)
-                    assert line.wait(2), f"a test signal of {index.name} did not reach the client"
+                    assert line.wait(base.PATIENCE), f"a test signal of {index.name} did not reach the client"
                     client.disarm(index)
 
     def test_client_shares_memory(self, served: Mdev) -> None:
@@ -177,11 +178,12 @@ class Serving(VfioBase):
                     client.dma_map(1 << 32, 1 << 12)
                 client.dma_unmap(memory)
 
+    @needs("migration")
     def test_state_moves_between_clients(self, registry: Registry, mdev_type: MdevType, served: Mdev) -> None:
         """Checks that a client's device is migrated to another client's, by STOP_COPY and by PRE_COPY where there is one."""
         other = self._another(registry, mdev_type, bind=True)
         with connect(served) as source, connect(other) as target:
-            flags = _migration_flags(source)
+            flags = source.migration.flags
             for path in [[S.STOP_COPY]] + ([[S.PRE_COPY, S.STOP_COPY]] if flags & MigrationFlag.PRE_COPY else []):
                 for offset in range(0, min(source.region(0).size, 64), 4):
                     source.region(0).write(offset, b"\xa5\x5a\xc3\x3c", posted=True)
@@ -230,13 +232,6 @@ class Serving(VfioBase):
         if not type_.available_instances:
             pytest.skip(f"{type_} has no room for a second device")
         return self.create(type_, registry, bind=bind)
-
-
-def _migration_flags(client: VfioUserClient) -> MigrationFlag:
-    try:
-        return client.migration.flags
-    except MdevError as error:
-        pytest.skip(f"the device says it has no migration: {error}")
 
 
 def _move(source: VfioUserClient, target: VfioUserClient, path: list[S]) -> None:

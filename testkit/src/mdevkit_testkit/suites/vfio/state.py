@@ -20,8 +20,8 @@ from mdevkit_testkit.suites.vfio.base import (
     fingerprint,
     in_memory,
     map_or_close,
+    needs,
     places,
-    require,
     scribble,
     volatile,
 )
@@ -32,6 +32,7 @@ _SEEDS = range(3)
 class DeviceState(VfioBase):
     """Reset, release, and independence of devices."""
 
+    @needs("reset")
     def test_reset_restores_the_state_after_create(self, registry: Registry, mdev_type: MdevType) -> None:
         """Checks that RESET brings every register back to what a new device reads, whatever was written before.
 
@@ -39,7 +40,6 @@ class DeviceState(VfioBase):
         """
         fresh, other = self.fresh(mdev_type, registry), self.fresh(mdev_type, registry)
         with self.opened(self.create(mdev_type, registry)) as ops:
-            require(ops, "reset")
             ignored = volatile(fresh, other) | in_memory(ops, fresh)
             for seed in _SEEDS:
                 scribble(ops, seed)

@@ -1,0 +1,135 @@
+"""``mdevkit service``: the resident service itself."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from mdevkit.cli.output import complain, say, say_json
+from mdevkit.cli.remote import running_service
+from mdevkit.client import Client, start_service
+from mdevkit.errors import MdevError
+from mdevkit.paths import control_socket
+
+command = typer.Typer(help="Start, stop and look at the resident service.", no_args_is_help=True)
+
+#: Seconds the service gets to end.
+_END_LIMIT: Final = 15.0
+
+
+@command.callback()
+def _service() -> None:
+    """Start, stop and look at the resident service. Commands that need it start it themselves."""
+
+
+@command.command("start")
+def start(
+    group: Annotated[str | None, typer.Option(help="As root: let this group's members use it.")] = None,
+    definitions: Annotated[Path | None, typer.Option(metavar="DIR", help="Root of the definitions.")] = None,
+    host_user: Annotated[str | None, typer.Option(metavar="USER", help="As root: whom device hosts run as.")] = None,
+    endpoint_owner: Annotated[
+        str | None, typer.Option(metavar="USER[:GROUP]", help="As root: who may attach to devices, e.g. libvirt-qemu:kvm.")
+    ] = None,
+    endpoint_mode: Annotated[str | None, typer.Option(metavar="OCTAL", help="Mode of devices' sockets; 0600.")] = None,
+) -> None:
+    """Start the service in the background, unless it runs."""
+    given = {
+        "--group": group,
+        "--definitions": definitions and definitions.absolute(),
+        "--host-user": host_user,
+        "--endpoint-owner": endpoint_owner,
+        "--endpoint-mode": endpoint_mode,
+    }
+    path = control_socket()
+    try:
+        Client(path, start=False).close()
+    except MdevError as error:
+        if error.errno != errno.ECONNREFUSED:
+            raise
+    else:
+        say(f"the service runs at {path}")
+        return
+    start_service(path, [str(word) for pair in given.items() if pair[1] is not None for word in pair])
+    # Not before it has found its hosts is it of use to anybody.
+    with Client(path, start=False) as service:
+        service.get("/v1/hosts")
+    say(f"the service runs at {path}")
+
+
+@command.command("stop")
+def stop(
+    remove: Annotated[bool, typer.Option("--remove", help="Remove all devices first; by default they go on.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="With --remove: close the connections of whoever uses them.")
+    ] = False,
+) -> None:
+    """Stop the service. Devices go on with their hosts, and the next service finds them, unless they are removed."""
+    path = control_socket()
+    try:
+        service = running_service() if remove else Client(path, start=False)
+    except MdevError as error:
+        if error.errno != errno.ECONNREFUSED:
+            raise
+        service = None
+    if service is None:
+        say(f"no service runs at {path}")
+        return
+    with service:
+        pid = service.get("/v1/version")["pid"]
+        service.post("/v1/shutdown", {"remove_devices": remove, "force": force})
+        left = [] if remove else service.get("/v1/devices")
+    _await_end(pid)
+    if left:
+        complain(f"{len(left)} devices go on; mdevkit service stop --remove ends them too")
+
+
+def _await_end(pid: int) -> None:
+    """Wait for a process that is not our child; ETIMEDOUT."""
+    deadline = time.monotonic() + _END_LIMIT
+    while Path(f"/proc/{pid}").exists():
+        if time.monotonic() > deadline:
+            raise MdevError(errno.ETIMEDOUT, f"the service (pid {pid}) has not ended within {_END_LIMIT:g} s", pid)
+        time.sleep(0.02)  # whose end the kernel does not tell us of
+
+
+@command.command("status")
+def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Tell whether the service runs, and what it holds. Fails when none runs."""
+    path = control_socket()
+    with Client(path, start=False) as service:
+        facts: dict[str, Any] = service.get("/v1/version") | {"socket": path}
+        facts |= {"hosts": service.get("/v1/hosts"), "devices": len(service.get("/v1/devices"))}
+    if as_json:
+        say_json(facts)
+        return
+    for name in ("version", "pid", "socket", "definitions", "devices"):
+        say(f"{name:12}{facts[name]}")
+    for host in facts["hosts"]:
+        error = f": {host['error']}" if host["error"] else ""
+        say(f"{'host':12}{host['key']} pid {host['pid'] or '-'} {host['state']}{error}")
+
+
+@command.command("install")
+def install(
+    group: Annotated[str | None, typer.Option(help="As root: let this group's members use it.")] = None,
+    host_user: Annotated[str | None, typer.Option(metavar="USER", help="As root: whom device hosts run as.")] = None,
+    endpoint_owner: Annotated[str | None, typer.Option(metavar="USER[:GROUP]", help="As root: who may attach to devices.")] = None,
+    folder: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to write the units.")] = None,
+) -> None:
+    """Write systemd units, so that systemd starts the service on first use: root's for the system, others' for themselves."""
+    if find_spec("mdevkit_service") is None:
+        raise MdevError(errno.ENOPKG, "the service is not installed (pip install 'mdevkit[service]')")
+    options = {"--group": group, "--host-user": host_user, "--endpoint-owner": endpoint_owner, "--folder": folder}
+    words = [str(word) for pair in options.items() if pair[1] is not None for word in pair]
+    sys.stdout.flush()
+    done = subprocess.run([sys.executable, "-P", "-m", "mdevkit_service.units", *words], env=os.environ, check=False)
+    if done.returncode:
+        raise typer.Exit(1)

@@ -1,0 +1,1 @@
+"""Tests that cross distributions: real guests, real clients, architecture rules."""
