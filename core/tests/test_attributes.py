@@ -5,7 +5,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mdevkit import Attribute, Bool, Choice, Int, MdevError, Text
 from mdevkit.attributes import AttributeTable, Kind
@@ -87,6 +87,7 @@ def test_a_huge_value_makes_a_short_error(kind, value, fails):
     assert len(sentence(kind, value, fails)) < 200
 
 
+@settings(deadline=None)
 @given(st.integers(-(2**70), 2**70), st.integers(-(2**65), 0), st.integers(0, 2**65))
 def test_a_number_is_accepted_exactly_within_its_range(number, low, high):
     kind = Int(low, high)
@@ -97,6 +98,7 @@ def test_a_number_is_accepted_exactly_within_its_range(number, low, high):
             kind.check(number)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_is_parsed_or_refused_and_nothing_else(text):
     for kind in (Int(), Bool(), Choice(("a",)), Text()):

@@ -257,6 +257,24 @@ def test_failures_while_unbinding_are_logged_only(registry, taker, caplog):
     assert f"{mdev}: driver taker: remove failed: stuck" in caplog.text
 
 
+def test_an_event_is_told_before_anybody_can_act_on_the_state_it_tells_of(registry, monkeypatch, thread, kit, events):
+    """State and event change together: who sees the device bound and unbinds it must not be told of first."""
+    mdev = registry.create("card-1", bind=False)
+    emit, unbinding = registry.events.emit, []
+
+    def slowly(action, subject, env):
+        if action == "bind":
+            unbinding.append(thread(registry.unbind, mdev.uuid))
+            with pytest.raises(TimeoutError):
+                unbinding[0].result(0.1)  # nothing tells that a thread waits for a lock
+        return emit(action, subject, env)
+
+    monkeypatch.setattr(registry.events, "emit", slowly)
+    registry.attach(mdev.uuid)
+    unbinding[0].result(kit.PATIENCE)
+    assert [action for action, _ in events(registry, mdev.name)] == ["add", "bind", "unbind"]
+
+
 # -- drivers that go ---------------------------------------------------------------------------------------------------
 
 

@@ -239,17 +239,21 @@ def test_a_bind_while_a_wrong_driver_is_tried_by_hand(registry, taker, kit, thre
 
 
 def test_a_probe_that_hangs_does_not_hold_up_the_creation_of_others(registry, taker, kit, thread):
-    """Who binds retries the deferred ones; one that is in somebody else's hands is left to them."""
+    """Who binds retries the deferred ones; one that has come into somebody else's hands meanwhile is left to them."""
     taker.on_probe = Waiting()
-    stuck = registry.create("card-1")
-    gate = kit.Gate()
-    taker.on_probe = lambda device: gate() if device is stuck else None
-    attaching = thread(registry.attach, stuck.uuid)
-    gate.wait()
-    assert thread(registry.create, "card-1").result(kit.PATIENCE).state is State.BOUND
-    gate.open()
+    first, second = registry.create("card-1"), registry.create("card-1")
+    gates = {first.name: kit.Gate(), second.name: kit.Gate()}
+    taker.on_probe = lambda device: gates[device.name]() if device.name in gates else None
+    creating = thread(registry.create, "card-1")
+    gates[first.name].wait()  # the creator retries the first, and has the second on its list
+    attaching = thread(registry.attach, second.uuid)
+    gates[second.name].wait()
+    gates[first.name].open()
+    assert creating.result(kit.PATIENCE).state is State.BOUND
+    assert (first.state, second.state) == ("bound", "probing")
+    gates[second.name].open()
     attaching.result(kit.PATIENCE)
-    assert stuck.state is State.BOUND
+    assert second.state is State.BOUND
 
 
 def test_a_probe_that_adds_a_device_of_its_own(registry, taker, other):

@@ -5,7 +5,7 @@ import traceback
 
 import pytest
 from mdevkit import EPROBE_DEFER, MdevError, ProbeDeferredError
-from mdevkit.errors import brief, describe, errno_name, guard, shown, wrap
+from mdevkit.errors import Guard, brief, describe, errno_name, shown, wrap
 
 
 def test_an_error_is_an_oserror_with_a_sentence_and_a_subject():
@@ -66,21 +66,21 @@ def test_an_exception_that_cannot_say_what_it_is():
 
 
 def test_guard_wraps_what_leaves_the_block():
-    with pytest.raises(MdevError, match=r"^card: probing: ValueError: odd$") as caught, guard("card: probing", "card"):
+    with pytest.raises(MdevError, match=r"^card: probing: ValueError: odd$") as caught, Guard("card: probing", "card"):
         raise ValueError("odd")
     assert caught.value.subject == "card"
 
 
 def test_guard_does_not_make_an_error_its_own_cause():
     """Such a ring would keep every frame the error passed alive until the garbage collector comes."""
-    with pytest.raises(MdevError) as caught, guard("doing"):
+    with pytest.raises(MdevError) as caught, Guard("doing"):
         raise MdevError(errno.EPERM, "no")
     assert caught.value.__cause__ is None
     assert "".join(traceback.format_exception(caught.value)).count("no") >= 1
 
 
 def test_guard_lets_the_users_interrupt_pass():
-    with pytest.raises(KeyboardInterrupt), guard("doing"):
+    with pytest.raises(KeyboardInterrupt), Guard("doing"):
         raise KeyboardInterrupt
 
 

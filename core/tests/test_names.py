@@ -4,13 +4,14 @@ import errno
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mdevkit.names import parse_uuid
 
 TEXT = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 
 
+@settings(deadline=None)
 @given(st.uuids(), st.booleans())
 def test_any_uuid_in_either_case(uuid, upper):
     assert parse_uuid(str(uuid).upper() if upper else str(uuid)) == uuid

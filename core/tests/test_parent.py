@@ -50,18 +50,41 @@ def test_several_pools_all_or_none(fails):
     assert (ports.free, memory.free) == (2, 10)
 
 
-def test_pools_named_in_opposite_orders_do_not_deadlock(thread, kit):
-    first, second = Pool("a", 100), Pool("b", 100)
+class Watched:
+    """A lock that notes when it is taken."""
 
-    def churn(costs):
-        for _ in range(2000):
-            name = threading.get_ident()
-            reserve(costs, name, None)
-            release(costs, name)
+    def __init__(self, name, order):
+        self.name, self.order, self.lock = name, order, threading.Lock()
 
-    for done in [thread(churn, costs) for costs in ({first: 1, second: 1}, {second: 1, first: 1})]:
-        done.result(kit.PATIENCE)
-    assert (first.free, second.free) == (100, 100)
+    def __enter__(self):
+        self.lock.acquire()
+        self.order.append(self.name)
+
+    def __exit__(self, *error):
+        self.lock.release()
+
+
+def test_pools_are_locked_in_one_order_whatever_order_they_are_named_in():
+    """Two types that name two pools the other way round would wait for each other."""
+    first, second, orders = Pool("a", 9), Pool("b", 9), []
+    for costs in ({first: 1, second: 1}, {second: 1, first: 1}):
+        orders.append([])
+        first._lock, second._lock = Watched("a", orders[-1]), Watched("b", orders[-1])
+        reserve(costs, len(orders), None)
+    assert orders[0] == orders[1]
+    assert sorted(orders[0]) == ["a", "b"]
+
+
+def test_giving_back_waits_for_whoever_counts(kit, thread):
+    pool = Pool("ports", 9)
+    reserve({pool: 3}, "a", None)
+    with pool._lock:
+        giving = thread(release, {pool: 3}, "a")
+        with pytest.raises(TimeoutError):
+            giving.result(0.1)  # nothing tells that a thread waits for a lock
+        assert pool.free == 6
+    giving.result(kit.PATIENCE)
+    assert pool.free == 9
 
 
 def test_a_negative_pool(fails):

@@ -301,11 +301,12 @@ def test_an_error_says_that_the_parent_of_a_type_is_broken(acme):
 @pytest.fixture
 def late(world):
     """Parent, bus and two drivers, each in a module of its own."""
+    # Long enough for other threads to come and want the same, which nothing tells of.
+    slow = "import time\ntime.sleep(0.05)\n"
     world.add("card", good("card", class_id=2), parents=["card = card:card"])
-    world.add("bus", good(), buses=["acme = bus:AcmeBus"])
-    world.add(
-        "wanted", good(ids=["c02", "c03"]), drivers=[f"acme_drv.acme.{match} = wanted:AcmeDriver" for match in ("c02", "c03")]
-    )
+    world.add("bus", slow + good(), buses=["acme = bus:AcmeBus"])
+    lines = [f"acme_drv.acme.{match} = wanted:AcmeDriver" for match in ("c02", "c03")]
+    world.add("wanted", slow + good(ids=["c02", "c03"]), drivers=lines)
     world.add("unwanted", good(ids=["c09"]).replace("acme_drv", "other"), drivers=["other.acme.c09 = unwanted:AcmeDriver"])
     return world
 
@@ -334,13 +335,39 @@ def test_a_driver_named_by_hand_is_imported_too(late):
     assert answer == ["other", True, "there is no driver nobody on bus acme"]
 
 
+def test_all_lines_of_a_driver_share_its_fate(late):
+    told = late.discover("registry.create('card-1'); say(facts(registry))")
+    assert [fact[4] for fact in told if fact[2] == "wanted"] == ["loaded", "loaded"]
+    assert [fact[4] for fact in told if fact[2] == "unwanted"] == ["installed"]
+
+
+def test_using_a_plugin_again_does_not_spoil_it(acme):
+    acme.add("quota", QUOTA, wrappers=["quota = quota:Quota"])
+    answer = acme.discover(
+        """
+    registry.create("acme-1")
+    errors = [text(registry.use, plugin) for plugin in registry.catalog.plugins if plugin.status == "loaded"]
+    registry.unregister_parent("acme")
+    registry.use(registry.catalog.find(PARENTS)[0])
+    say([errors, facts(registry), [p.name for p in registry.parents]])
+    """.strip()
+    )
+    assert sorted(answer[0]) == [
+        ["EEXIST", "bus acme is already registered"],
+        ["EEXIST", "driver acme_drv is already registered on bus acme"],
+        ["EEXIST", "parent acme is already registered"],
+        ["EEXIST", "wrapper Quota is already registered"],
+    ]
+    assert {fact[4] for fact in answer[1]} == {"loaded"}
+    assert answer[2] == ["acme"]
+
+
 def test_many_threads_that_want_the_same_plugins_first(late):
     """The bus and the driver are loaded once; nobody takes the other thread's success for a conflict."""
     answer = late.discover(
         """
-    import threading, time
+    import threading
     from concurrent.futures import ThreadPoolExecutor
-    sys.setswitchinterval(1e-5)
     barrier = threading.Barrier(16)
     def create(_):
         barrier.wait()

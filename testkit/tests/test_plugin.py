@@ -61,6 +61,48 @@ def test_suite_is_skipped_for_devices_of_another_class(run):
     assert "2 skipped" in done.stdout
 
 
+def test_what_a_device_lacks_is_skipped_with_the_reason(run):
+    done = run("class TestIt(VfioSuite):\n    factory = Parent\n", "\nParent = SimpleParent\n", "-k", "sealed")
+    assert "the device says it has no region that can be mapped" in done.stdout
+    assert "1 passed, 1 skipped" in done.stdout
+
+
+def test_suite_for_some_types(run):
+    done = run(f"{SUITE}    types = ['simple-mapped']\n", "\nParent = SimpleParent\n", "-k", "lives")
+    assert "1 passed" in done.stdout
+    assert "test_device_lives_and_goes[simple-mapped]" in done.stdout
+
+
+def test_suite_for_a_type_that_is_not_there(run):
+    done = run(f"{SUITE}    types = ['simple-maped']\n")
+    assert done.returncode == 2
+    assert "TestIt.types names simple-maped, but there are simple-regs, simple-mapped" in done.stdout + done.stderr
+
+
+EXPECTED = """
+class TestIt(VfioSuite):
+    factory = Parent
+    types = ["simple-mapped"]
+    expected = ["reset", "msix", "mapped"]
+"""
+
+
+def test_what_is_not_expected_is_left_out(run):
+    done = run(EXPECTED, "\nParent = SimpleParent\n", "-k", "expected or sealed or size_is_told")
+    assert "2 passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def test_what_is_expected_has_to_be_there(run):
+    code = """
+class Parent(SimpleParent):
+    devices = (("mapped", Registers),)
+"""
+    done = run(EXPECTED, code, "-k", "expected")
+    assert done.returncode == 1
+    assert "the device says it has intx, migration, msi, precopy, reset; expected is mapped, msix, reset" in done.stdout
+
+
 GAP = """
 class TestIt(ParentSuite):
     factory = Parent

@@ -1,16 +1,17 @@
-"""Makes the Debian root of the guests and prints where it is: ``./dev guests``."""
+"""Makes the Debian roots of the tests and prints where they are: ``./dev guests``."""
 
 from __future__ import annotations
 
 import sys
 
-from tests.guests.root import RootError, make_root
+from tests.guests.root import GUEST, MANAGEMENT, RootError, make_root
 
 
 def main() -> int:
-    """Make the root if there is none; 1 with the reason on stderr if that fails."""
+    """Make those that are not there; 1 with the reason on stderr if that fails."""
     try:
-        sys.stdout.write(f"{make_root()}\n")
+        for recipe in (GUEST, MANAGEMENT):
+            sys.stdout.write(f"{make_root(recipe)}\n")
     except (RootError, OSError) as error:
         sys.stderr.write(f"guests: {error}\n")
         return 1

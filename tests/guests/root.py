@@ -1,8 +1,10 @@
-"""Makes the Debian root that guests boot from: QEMU 11 from trixie-backports, the stock kernel, a static busybox.
+"""Makes the Debian roots of the tests: what guests boot from (QEMU 11 from trixie-backports, the stock kernel, a static
+busybox), and the tools that manage mediated devices (mdevctl, libvirt).
 
 The packages are downloaded by the machine's own apt, with its proxies and from its Debian mirror, but into a state of
 their own, and unpacked, not installed: no root rights, nothing of the machine changes. QEMU then runs in place through
-the root's own dynamic loader. About 20 s, 160 MB of download and 350 MB of disk. ``./dev guests`` does it.
+the root's own dynamic loader. About 20 s, 160 MB of download and 350 MB of disk for guests, 10 s, 40 MB and 150 MB for the tools.
+``./dev guests`` does it.
 
 Roots live in ``$MDEVKIT_CACHE``, else ``/var/cache/mdevkit`` (root) or ``~/.cache/mdevkit``, in a folder named by the
 recipe's hash, so that a changed recipe makes a new one. A lock makes one process at a time build.
@@ -17,13 +19,32 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-SUITES = ("trixie", "trixie-backports")
-#: Installed from backports where they are there, but for the kernel: the guest's is the stable one.
-PACKAGES = ("qemu-system-x86", "busybox-static", "linux-image-amd64/trixie")
-#: Raise it when this module changes in a way that makes older roots unusable.
-REVISION = 1
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is in a root. Packages come from the last suite where it has them, `PACKAGE/SUITE` from that one."""
+
+    suites: tuple[str, ...]
+    packages: tuple[str, ...]
+    #: Raise it when this module changes in a way that makes older roots unusable.
+    revision: int = 1
+
+    @property
+    def key(self) -> str:
+        """The name of the root's folder."""
+        return "root-" + hashlib.sha256(repr((self.suites, self.packages, self.revision)).encode()).hexdigest()[:12]
+
+
+#: The guest's kernel is the stable one.
+GUEST = Recipe(("trixie", "trixie-backports"), ("qemu-system-x86", "busybox-static", "linux-image-amd64/trixie"))
+#: With the shell and the tools that libvirt and scripts of mdevctl need to run in a root of their own.
+MANAGEMENT = Recipe(
+    ("trixie",),
+    ("mdevctl", "libvirt-daemon", "libvirt-daemon-driver-nodedev", "libvirt-clients", "dash", "coreutils", "mount", "libc-bin"),
+)
 
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
@@ -56,30 +77,25 @@ def cache_folders() -> list[Path]:
     return [everybody, own] if os.geteuid() == 0 else [own, everybody]
 
 
-def key() -> str:
-    """Return the name of the recipe's folder."""
-    return "root-" + hashlib.sha256(repr((SUITES, PACKAGES, REVISION)).encode()).hexdigest()[:12]
-
-
-def find_root() -> Path | None:
+def find_root(recipe: Recipe = GUEST) -> Path | None:
     """Return the finished root, or None."""
-    return next((root for root in (folder / key() for folder in cache_folders()) if root.is_dir()), None)
+    return next((root for root in (folder / recipe.key for folder in cache_folders()) if root.is_dir()), None)
 
 
-def make_root() -> Path:
+def make_root(recipe: Recipe = GUEST) -> Path:
     """Return the root, made if there is none yet; RootError says why it cannot be."""
-    if root := find_root():
+    if root := find_root(recipe):
         return root
     _require_tools()
     cache = cache_folders()[0]
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if root := find_root():  # another process made it while we waited
+        if root := find_root(recipe):  # another process made it while we waited
             return root
         with tempfile.TemporaryDirectory(prefix="making-", dir=cache) as work:
-            _make(Path(work))
-            return (Path(work) / "root").rename(cache / key())
+            _make(Path(work), recipe)
+            return (Path(work) / "root").rename(cache / recipe.key)
 
 
 def _require_tools() -> None:
@@ -91,17 +107,17 @@ def _require_tools() -> None:
         )
 
 
-def _make(work: Path) -> None:
-    _write_apt_configuration(work)
+def _make(work: Path, recipe: Recipe) -> None:
+    _write_apt_configuration(work, recipe)
     _apt(work, "update")
-    _apt(work, "install", "--download-only", "--yes", "--target-release", SUITES[-1], *PACKAGES)
+    _apt(work, "install", "--download-only", "--yes", "--target-release", recipe.suites[-1], *recipe.packages)
     root = work / "root"
     for folder in ("bin", "sbin", "lib", "lib64"):
         (root / "usr" / folder).mkdir(parents=True)
         (root / folder).symlink_to(f"usr/{folder}")
     for package in sorted((work / "cache/archives").glob("*.deb")):
         _run(["dpkg-deb", "--extract", str(package), str(root)])
-    for kernel in (root / "lib/modules").iterdir():
+    for kernel in (root / "lib/modules").glob("*"):
         _run([*loader(root, "depmod"), str(root / "bin/kmod"), "-b", str(root), kernel.name])
     for image in (root / "boot").glob("vmlinuz-*"):
         image.chmod(0o644)
@@ -114,12 +130,12 @@ def loader(root: Path, name: str) -> list[str]:
     return [str(root / "lib64/ld-linux-x86-64.so.2"), "--argv0", name, "--library-path", str(libraries)]
 
 
-def _write_apt_configuration(work: Path) -> None:
+def _write_apt_configuration(work: Path, recipe: Recipe) -> None:
     for folder in ("state/lists/partial", "cache/archives/partial", "root"):
         (work / folder).mkdir(parents=True)
     (work / "status").touch()
     (work / "apt.conf").write_text(_APT_CONFIG.format(work=work))
-    lines = [f"deb [signed-by={_KEYRING}] {_mirror()} {suite} main\n" for suite in SUITES]
+    lines = [f"deb [signed-by={_KEYRING}] {_mirror()} {suite} main\n" for suite in recipe.suites]
     (work / "sources.list").write_text("".join(lines))
 
 

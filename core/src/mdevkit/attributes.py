@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from mdevkit.errors import MdevError, guard, shown
+from mdevkit.errors import Guard, MdevError, shown
 
 T = TypeVar("T")
 
@@ -144,7 +144,7 @@ class Attribute(Generic[T]):
 
     def parse(self, text: Any, subject: Any = None) -> T:
         """Return the checked value of `text`; MdevError EINVAL names the attribute and the accepted range."""
-        with guard(f"attribute {self.name}", subject):
+        with Guard(f"attribute {self.name}", subject):
             try:
                 return self.kind.check(text)
             except ValueError as error:
@@ -183,7 +183,7 @@ class AttributeTable(Mapping[str, "Attribute[Any]"]):
         attribute = self.find(name, subject)
         if attribute.show is None:
             raise MdevError(errno.EACCES, f"attribute {name} of {subject} cannot be read", subject)
-        with guard(f"{subject}: reading {name}", subject):
+        with Guard(f"{subject}: reading {name}", subject):
             return attribute.show(subject)
 
     def write(self, name: str, value: Any, subject: Any) -> None:
@@ -192,7 +192,7 @@ class AttributeTable(Mapping[str, "Attribute[Any]"]):
         if attribute.store is None:
             raise MdevError(errno.EACCES, f"attribute {name} of {subject} is read-only", subject)
         checked = attribute.parse(value, subject)
-        with guard(f"{subject}: setting {name}", subject):
+        with Guard(f"{subject}: setting {name}", subject):
             attribute.store(subject, checked)
 
     def read_all(self, subject: Any) -> dict[str, str]:
@@ -202,7 +202,7 @@ class AttributeTable(Mapping[str, "Attribute[Any]"]):
             if attribute.show is not None:
                 try:
                     value = self.read(name, subject)
-                    with guard(f"{subject}: showing {name}", subject):
+                    with Guard(f"{subject}: showing {name}", subject):
                         texts[name] = attribute.kind.format(value)
                 except MdevError as error:
                     texts[name] = f"<{error.name}>"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 from mdevkit.device import Device, State
 from mdevkit.dispatch import BusHooks, DriverHooks, quietly
-from mdevkit.errors import EPROBE_DEFER, MdevError, ProbeDeferredError, brief, guard
+from mdevkit.errors import EPROBE_DEFER, Guard, MdevError, ProbeDeferredError, brief
 from mdevkit.events import Action, EventLog
 from mdevkit.hints import missing_driver
 
@@ -64,7 +64,7 @@ class DriverCore:
 
     def add_bus(self, bus: Bus) -> None:
         """Register a class bus: EEXIST for a name that is taken, EINVAL for a plugin that breaks the contract."""
-        with guard(f"bus {type(bus).__qualname__} cannot be registered", bus):
+        with Guard(f"bus {type(bus).__qualname__} cannot be registered", bus):
             name, hooks = bus.name, BusHooks(bus, self._wrappers)
         if not name:
             raise MdevError(errno.EINVAL, f"bus {type(bus).__qualname__} has no name", bus)
@@ -75,7 +75,7 @@ class DriverCore:
 
     def add_driver(self, driver: Driver) -> None:
         """Register a driver: EEXIST, EINVAL as for a bus. Devices are bound to it when they ask, not here."""
-        with guard(f"driver {type(driver).__qualname__} cannot be registered", driver):
+        with Guard(f"driver {type(driver).__qualname__} cannot be registered", driver):
             bus, name, hooks = driver.bus, driver.name, DriverHooks(driver, self._wrappers)
         if not name or not bus:
             raise MdevError(errno.EINVAL, f"driver {type(driver).__qualname__} has no name or no bus", driver)
@@ -225,7 +225,7 @@ class DriverCore:
 
         Raises the deferral if any driver asked for one, else the last error; ENODEV when no driver matched.
         """
-        with guard(f"{device}: match failed", device):
+        with Guard(f"{device}: match failed", device):
             match = device.match
         broken = self._load_drivers(device.bus, match)
         deferral: MdevError | None = None

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import pluggy
 
-from mdevkit.errors import MdevError, guard, wrap
+from mdevkit.errors import Guard, MdevError, wrap
 from mdevkit.hookspecs import BusSpec, DriverSpec, ParentSpec, hookimpl
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ class BusHooks(_Hooks):
     def uevent(self, device: Device) -> dict[str, str]:
         """Call `bus_uevent`."""
         answer = self._call("bus_uevent", "uevent failed", device, device=device)
-        with guard(f"{device}: uevent failed", device):
+        with Guard(f"{device}: uevent failed", device):
             return {str(name): str(value) for name, value in dict(answer or {}).items()}
 
     def probe(self, device: Device, driver: Driver) -> None:

@@ -2,16 +2,18 @@
 
 Every failure a caller can see is an `MdevError`: an `OSError` with an errno, so that it maps onto sysfs, vfio-user and
 exit codes unchanged, plus the object it is about and a sentence a person can act on. Any thread may raise or read one.
+
+Commands that only ask a running service import this module: it imports nothing that takes time.
 """
 
 from __future__ import annotations
 
 import errno as _errno
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # typing is what takes time
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from types import TracebackType
+    from typing import Any
 
 #: Probe asks to be called again after another driver has bound (include/linux/errno.h); not a failure.
 EPROBE_DEFER = 517
@@ -64,7 +66,7 @@ def wrap(error: BaseException, doing: str, subject: Any = None) -> MdevError:
     """Turn whatever a plugin raised while `doing` something into an `MdevError` with the same errno and reason.
 
     An `MdevError` comes back as it is. An `OSError` keeps its errno. Anything else is a bug of the plugin: EIO, and the
-    sentence names the exception. See `guard` for how to use it.
+    sentence names the exception. See `Guard` for how to use it.
     """
     if isinstance(error, MdevError):
         if error.subject is None:
@@ -78,19 +80,24 @@ def wrap(error: BaseException, doing: str, subject: Any = None) -> MdevError:
     return wrapped
 
 
-@contextmanager
-def guard(doing: str, subject: Any = None) -> Iterator[None]:
-    """Run code of a plugin: what it raises leaves the block as `wrap` makes it.
+class Guard:
+    """A block that runs code of a plugin: what it raises leaves the block as `wrap` makes it.
 
     SystemExit is the plugin's bug like any other exception; KeyboardInterrupt is the user's wish and passes.
     """
-    try:
-        yield
-    except MdevError as error:
-        wrap(error, doing, subject)  # gives it a subject; raising it "from" itself would make it its own cause
-        raise
-    except (Exception, SystemExit) as error:
-        raise wrap(error, doing, subject) from error
+
+    def __init__(self, doing: str, subject: Any = None) -> None:
+        self._doing = doing
+        self._subject = subject
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, MdevError):
+            wrap(error, self._doing, self._subject)  # gives it a subject; raised "from" itself it would be its own cause
+        elif isinstance(error, Exception | SystemExit):
+            raise wrap(error, self._doing, self._subject) from error
 
 
 def describe(error: BaseException) -> str:

@@ -25,12 +25,12 @@ from mdevkit.dd import DriverCore
 from mdevkit.device import Device, Mdev, State
 from mdevkit.dispatch import ParentHooks, check_wrapper, quietly
 from mdevkit.driver import Driver
-from mdevkit.errors import EPROBE_DEFER, MdevError, brief, guard, shown
+from mdevkit.errors import EPROBE_DEFER, Guard, MdevError, brief, shown
 from mdevkit.events import Action, EventLog
 from mdevkit.hints import install_parents, missing_bus
 from mdevkit.names import parse_uuid
 from mdevkit.parent import MdevType, Parent, ParentOps, release, reserve
-from mdevkit.plugins import BUSES, DRIVERS, PARENTS, WRAPPERS, Catalog, Plugin, driver_line, installed
+from mdevkit.plugins import BUSES, DRIVERS, PARENTS, WRAPPERS, Catalog, Plugin, Status, driver_line, installed
 from mdevkit.power import Power
 from mdevkit.sockets import Listen, listen_at
 
@@ -109,7 +109,10 @@ class Registry:
                 self.register_parent(plugin)
 
     def use(self, plugin: Plugin) -> None:
-        """Load an installed plugin and register what it brings; a failure is recorded on the plugin and raised."""
+        """Load an installed plugin and register what it brings; a failure is recorded on the plugin and raised.
+
+        One that is in use already raises EEXIST, which is no failing of the plugin.
+        """
         register: dict[str, Callable[[Any], object]] = {
             PARENTS: self._register_parents,
             BUSES: lambda product: self._register_found_bus(product, plugin),
@@ -117,15 +120,20 @@ class Registry:
             WRAPPERS: self._register_wrapper,
         }
         with self.catalog.lock:
+            loaded = plugin.status is Status.LOADED
             product = self.catalog.load(plugin)
             try:
-                with guard(f"{plugin.entry.value}() returned what cannot be registered"):
+                with Guard(f"{plugin.entry.value}() returned what cannot be registered"):
                     register.get(plugin.group, lambda _product: None)(product)
             except MdevError as error:
+                if loaded:
+                    raise
                 raise plugin.fail(str(error)) from error
 
     def _register_wrapper(self, product: Any) -> None:
         check_wrapper(product)
+        if any(wrapper is product for wrapper in self._wrappers):
+            raise MdevError(errno.EEXIST, f"wrapper {type(product).__qualname__} is already registered", product)
         self._wrappers.append(product)
 
     def _register_found_bus(self, product: Any, plugin: Plugin) -> None:
@@ -156,8 +164,8 @@ class Registry:
                             self.use(lines[0])
                 except MdevError as error:
                     first = first or brief(error)
-                    for line in lines:
-                        line.status, line.reason = lines[0].status, lines[0].reason
+                for line in lines:
+                    line.status, line.reason, line.product = lines[0].status, lines[0].reason, lines[0].product
         return first
 
     def _register_late(self, driver: Any, lines: list[Plugin]) -> None:
@@ -184,7 +192,7 @@ class Registry:
         self._core.add_driver(driver)
 
     def unregister_driver(self, bus: str, name: str) -> None:
-        """Unbind a driver's devices, by force, and forget it; ENODEV."""
+        """Unbind a driver's devices, by force, and forget it: ENODEV; EAGAIN while one of them is being created or removed."""
         self._core.remove_driver(bus, name)
 
     def register_parent(self, ops: ParentOps) -> Parent:
@@ -194,7 +202,7 @@ class Registry:
         """
         if not isinstance(ops, ParentOps):
             raise MdevError(errno.EINVAL, f"a parent is wanted, not {_kind(ops)}", ops)
-        with guard(f"parent {type(ops).__qualname__} cannot be registered", ops):
+        with Guard(f"parent {type(ops).__qualname__} cannot be registered", ops):
             self._check_new(ops.name, ops)
             parent = Parent(ops, ParentHooks(ops, self._wrappers))
         try:
@@ -366,7 +374,7 @@ class Registry:
         bus = self.bus(type_.bus, type_)
         type_.parent.enter()
         try:
-            with guard(f"{type_}: create failed", type_):
+            with Guard(f"{type_}: create failed", type_):
                 mdev = bus.device_class(uuid, type_, checked)
             mdev.driver_override, mdev.endpoint_path, mdev.listen = override or None, endpoint_path, self.listen
             trigger = self._core.trigger

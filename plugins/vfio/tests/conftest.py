@@ -353,6 +353,21 @@ def connect(serve):
 
 
 @pytest.fixture
+def connect_to(no_leaks):
+    """Makes connections to a path."""
+    wires = []
+
+    def connect_to(path):
+        wires.append(Wire(path))
+        wires[-1].hello()
+        return wires[-1]
+
+    yield connect_to
+    for wire in wires:
+        wire.close()
+
+
+@pytest.fixture
 def server(serve, recorder):
     return serve(recorder)
 

@@ -36,7 +36,7 @@ PARSERS = [
     proto.parse_region_info_request,
     proto.parse_region_read,
     proto.parse_u64,
-    proto.parse_write_multi,
+    lambda data: list(proto.parse_write_multi(data)),
     proto.parse_write_multi_reply,
     lambda data: proto.DmaMap.parse(data, 0),
     lambda data: proto.DmaMap.parse(data, 1),
@@ -96,13 +96,14 @@ class Fuzzer:
             case Command.DEVICE_GET_INFO | Command.DEVICE_GET_REGION_IO_FDS | Command.DEVICE_GET_IRQ_INFO:
                 return struct.pack("=IIII", number(16, 64) & u32, 0, number(*range(6)) & u32, number(0) & u32)
             case Command.DEVICE_SET_IRQS:
-                data = 1 << self.random.randrange(3)
-                count = pick([0, 1, 2, 4])
-                head = (20 + count, data | 8 << self.random.randrange(3), number(*range(5)) & u32, number(0) & u32, count)
-                return struct.pack("=IIIII", *head) + (self.random.randbytes(count) if data == IrqSet.DATA_BOOL else b"")
+                index, most = pick([(0, 1), (1, 4), (2, 300), (3, 1), (4, 1)])
+                data, count = pick([1, 2, 4, 4]), min(pick([1, 1, 2, 4]), most)
+                flags = data | pick([8, 0x10, 0x20, 0x20])
+                head = (number(20 + count), number(flags) & u32, number(index) & u32, number(0) & u32, number(count) & u32)
+                return struct.pack("=IIIII", head[0] & u32, *head[1:]) + bytes(count if data == IrqSet.DATA_BOOL else 0)
             case Command.REGION_READ | Command.REGION_WRITE:
                 count = pick([0, 1, 2, 4, 8, 3, 256, 600, 5000])
-                head = struct.pack("=QII", number(0, 4, 0x24, 0x40) & (1 << 64) - 1, number(*range(9)) & u32, count)
+                head = struct.pack("=QII", number(0, 4, 0x24, 0x40) & (1 << 64) - 1, number(0, 0, 0, 4, 5, 7) & u32, count)
                 return head + (self.random.randbytes(count) if command == Command.REGION_WRITE else b"")
             case Command.REGION_WRITE_MULTI:
                 writes = pick([0, 1, 5])
@@ -133,6 +134,15 @@ class Fuzzer:
                     data[at : at + 4] = struct.pack("=I", self.random.choice(EDGES))
         return bytes(data)
 
+    def descriptors(self, command, payload):
+        """Mostly those that belong to a message."""
+        eventfd, memory = self.files[0], self.files[2]
+        if self.random.random() < 0.1:
+            return [self.random.choice(self.files) for _ in range(self.random.choice([1, 2, 16, 17, 40]))]
+        if command == Command.DEVICE_SET_IRQS and len(payload) >= 20 and payload[4] & IrqSet.DATA_EVENTFD:
+            return [eventfd] * self.random.choice([0, payload[16] & 0xF])
+        return [memory] if command == Command.DMA_MAP and self.random.random() < 0.8 else []
+
     def message(self, ident):
         """One message with a size that is right; returns it and its descriptors."""
         command = self.random.choice([*Command, *Command, *Command, 0, 14, 19, self.random.getrandbits(16)])
@@ -141,9 +151,7 @@ class Fuzzer:
         else:
             payload = self.mutate(self.payload(command))
         flags = self.random.choice([0] * 24 + [proto.NO_REPLY] * 4 + [1, 0x11, 0x20, self.random.getrandbits(32)])
-        takes = command in (Command.DMA_MAP, Command.DEVICE_SET_IRQS)
-        count = self.random.choice([0, 1, 1, 1, 2, 4] if takes else [0] * 24 + [1, 2, 16, 17, 40])
-        fds = [self.random.choice(self.files) for _ in range(count)]
+        fds = self.descriptors(command, payload)
         header = proto.HEADER.pack(ident, command, 16 + len(payload), flags, self.random.choice([0, 0, 5]))
         return header + payload, fds
 

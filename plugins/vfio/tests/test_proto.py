@@ -385,7 +385,7 @@ def test_accesses_go_round(offset, region, data):
 
 @given(st.lists(st.builds(proto.Write, u32, u64, st.binary(min_size=1, max_size=8)), max_size=50))
 def test_several_writes_go_round(writes):
-    assert proto.parse_write_multi(proto.pack_write_multi(writes)) == writes
+    assert list(proto.parse_write_multi(proto.pack_write_multi(writes))) == writes
     assert proto.parse_write_multi_reply(proto.pack_write_multi_reply(len(writes))) == len(writes)
 
 
@@ -412,7 +412,7 @@ def test_writes_whose_count_lies_are_refused(count, data):
     ],
 )
 def test_wrong_lists_of_writes_are_refused(payload, reason):
-    refused(reason, proto.parse_write_multi, payload)
+    refused(reason, lambda: list(proto.parse_write_multi(payload)))
 
 
 # -- DMA by message

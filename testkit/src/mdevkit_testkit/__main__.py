@@ -13,8 +13,7 @@ from importlib.metadata import distribution, version
 import pytest
 from mdevkit import MdevError, Registry
 from mdevkit.cli.output import say
-from mdevkit.plugins import PARENTS, Catalog, Plugin
-from mdevkit.plugins import installed as all_installed
+from mdevkit.plugins import PARENTS, Catalog, Plugin, installed
 
 from mdevkit_testkit.report import Reporter
 from mdevkit_testkit.selection import VARIABLE, plugins_of
@@ -26,7 +25,7 @@ def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     name = options.distribution
     say(f"{name} {distribution(name).version}, checked by mdevkit-testkit {version('mdevkit-testkit')}")
-    loaded = [_load(plugin) for plugin in _plugins(name)]
+    loaded = [_load(plugin) for plugin in plugins_of(name)]
     if not all(loaded):
         return 1
     if not plugins_of(name, PARENTS):
@@ -44,18 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _plugins(name: str) -> list[tuple[Catalog, Plugin]]:
-    # The catalog of everything, so that names two distributions claim are found; one for each plugin, so that none sees another.
-    return [
-        (catalog, next(found for found in catalog.plugins if found.entry == plugin.entry and found.distribution == name))
-        for plugin in plugins_of(name)
-        for catalog in [Catalog(all_installed())]
-    ]
-
-
-def _load(found: tuple[Catalog, Plugin]) -> bool:
-    """Load one plugin as a registry does and say what became of it."""
-    catalog, plugin = found
+def _load(wanted: Plugin) -> bool:
+    """Load one plugin as a registry does, and say what became of it."""
+    # The catalog of everything that is installed: it knows of names that two distributions claim.
+    catalog = Catalog(installed())
+    plugin = next(one for one in catalog.plugins if (one.entry, one.distribution) == (wanted.entry, wanted.distribution))
     try:
         with Registry(catalog=catalog) as registry:
             registry.use(plugin)

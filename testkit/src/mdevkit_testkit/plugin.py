@@ -58,9 +58,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         unknown = [name for name in suite.known_gaps if not hasattr(suite, name)]
         if unknown:
             raise pytest.UsageError(f"{suite.__qualname__}.known_gaps names {', '.join(unknown)}, which the suite does not have")
-    unwanted = [item for item in items if _is_unexpected(item)]
+    unwanted = {item for item in items if _is_unexpected(item)}
     items[:] = [item for item in items if item not in unwanted]
-    config.hook.pytest_deselected(items=unwanted)
+    config.hook.pytest_deselected(items=list(unwanted))
     for item in items:
         reason = getattr(_suite_of(item), "known_gaps", {}).get(getattr(item, "originalname", item.name))
         if reason is not None:

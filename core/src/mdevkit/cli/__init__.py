@@ -34,6 +34,7 @@ COMMANDS = {
     "run": "mdevkit.cli.run",
     "service": "mdevkit.cli.service",
     "show": "mdevkit.cli.show",
+    "sysfs": "mdevkit.cli.sysfs",
     "top": "mdevkit.cli.top",
     "types": "mdevkit.cli.types",
     "unbind": "mdevkit.cli.unbind",

@@ -44,7 +44,7 @@ def answer(arguments: Sequence[str]) -> int | None:
     if parsed is None:
         return None
     words, options = parsed
-    if len(words) != (arguments[0] == "show"):
+    if len(words) != (arguments[0] == "show") or len({"tree", "as_json", "dump"} & set(options)) > 1:
         return None
     if arguments[0] == "list":
         list_devices(**options)

@@ -84,11 +84,11 @@ def stop(
         return
     with service:
         pid = service.get("/v1/version")["pid"]
+        left = 0 if remove else len(service.get("/v1/devices"))
         service.post("/v1/shutdown", {"remove_devices": remove, "force": force})
-        left = [] if remove else service.get("/v1/devices")
     _await_end(pid)
     if left:
-        complain(f"{len(left)} devices go on; mdevkit service stop --remove ends them too")
+        complain(f"devices that go on: {left} (mdevkit service stop --remove ends them too)")
 
 
 def _await_end(pid: int) -> None:

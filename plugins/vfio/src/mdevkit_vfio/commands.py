@@ -20,13 +20,13 @@ from mdevkit_vfio.grants import Grants
 from mdevkit_vfio.memory import SEALS
 from mdevkit_vfio.ops import DmaRegion, IrqRequest, Mapping, MigrationOps, RegionInfo, VfioOps
 from mdevkit_vfio.proto import Command
-from mdevkit_vfio.throttle import INTERVAL, Turn
+from mdevkit_vfio.throttle import Turn
 from mdevkit_vfio.uapi import FEATURE_GET, FEATURE_PROBE, FEATURE_SET, Feature, IrqSet, MigrationState, RegionFlag
 
 log = logging.getLogger("mdevkit.vfio")
 
 #: An access longer than this reaches the device in parts, so that other sessions of the process get in between.
-PART: Final = 512
+PART: Final = 256
 
 
 class Answer(NamedTuple):
@@ -140,13 +140,15 @@ class Commands:
     def _write_multi(self, payload: memoryview, fds: list[int]) -> bytes:
         """All writes are checked before the first is done; one the device refuses ends the message there."""
         del fds
-        writes = proto.parse_write_multi(payload)
-        for write in writes:
+        for write in proto.parse_write_multi(payload):
             self._check_access(Command.REGION_WRITE_MULTI, self.writable, write.region, write.offset, len(write.data))
-        for write in writes:
+            self._turn.step()
+        count = 0
+        for write in proto.parse_write_multi(payload):
             self._ops.write(write.region, write.offset, write.data)
             self._turn.step()
-        return proto.pack_write_multi_reply(len(writes))
+            count += 1
+        return proto.pack_write_multi_reply(count)
 
     def _check_access(self, command: Command, sizes: Sequence[int], region: int, offset: int, count: int) -> None:
         if region >= len(sizes) or offset + count > sizes[region] or count > self._limit:
@@ -160,7 +162,7 @@ class Commands:
             yield offset, size
             offset += size
             if offset < end:
-                self._turn.step(INTERVAL)
+                self._turn.step()
 
     def _reset(self, payload: memoryview, fds: list[int]) -> bytes:
         del fds

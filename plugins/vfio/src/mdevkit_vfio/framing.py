@@ -79,9 +79,8 @@ class Inbox:
         self._fds_at = 0
         self._fds_complete = True
 
-    @property
     def empty(self) -> bool:
-        """Whether all that was received has been taken."""
+        """Return whether all that was received has been taken."""
         return self._start == self._end and self._large is None
 
     def receive(self) -> None:

@@ -115,7 +115,8 @@ class Grants:
                     os.preadv(fd, [buffer], -1, os.RWF_NOWAIT)
 
     def close(self) -> None:
-        """Forget everything; the client is gone and the device released."""
+        """Forget everything; the client is gone and the device released. Frees whoever is blocked in one last write."""
+        self.drain()
         with self._lock:
             close_all(self._eventfds.values())
             self._eventfds.clear()

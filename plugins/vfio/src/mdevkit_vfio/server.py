@@ -64,6 +64,7 @@ class VfioUserServer:
         self._leaving = False
         self._closing = False
         self._stuck: Session | None = None
+        self._asker: threading.Thread | None = None
         self._wake = -1
         self._thread: threading.Thread | None = None
 
@@ -159,26 +160,24 @@ class VfioUserServer:
         """Ask the client to go, again and again; True once it has gone."""
         deadline = time.monotonic() + timeout
         count = 0
-        asker: threading.Thread | None = None
         while not session.done.is_set():
             left = deadline - time.monotonic()
-            if asker is not None and left <= 0:
+            if count and left <= 0:
                 return False
-            if asker is None or not asker.is_alive():
+            if self._asker is None or not self._asker.is_alive():
                 # On a thread of its own: the client can make the write to its eventfd block.
-                asker = threading.Thread(target=self._ask, args=(count,), name=f"{self.name} ask", daemon=True)
-                asker.start()
-                count += 1
+                self._asker = threading.Thread(target=self._ask, args=(session, count), name=f"{self.name} ask", daemon=True)
+                self._asker.start()
+            count += 1
             session.done.wait(max(0, min(left, ASK_INTERVAL)))
-        if asker is not None:
-            asker.join(END_TIMEOUT)
         return True
 
-    def _ask(self, count: int) -> None:
+    def _ask(self, session: Session, count: int) -> None:
         try:
             self.ops.request(count)
         except Exception:
-            log.exception("%s: the device failed to ask its client to let go", self.name)
+            if not session.done.is_set():
+                log.exception("%s: the device failed to ask its client to let go", self.name)
 
     # -- the accepting thread ---------------------------------------------------------------------------------------
 

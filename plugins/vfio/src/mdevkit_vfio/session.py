@@ -214,13 +214,13 @@ class Session:
             turn.idle = True
             received, ancillary, flags, _ = receive(window, ANCILLARY, RECEIVE_FLAGS)
             turn.idle = False
-            throttle.last = turn
             if received == _READ_SIZE and flags == RECEIVE_FLAGS and not ancillary and self.observer is None:
                 ident, head, offset, region, count = _unpack_read(buffer)
                 if head == _READ_HEAD and count <= most and region < regions and offset + count <= sizes[region]:
+                    throttle.last = turn
                     try:
                         data = read(region, offset, count)
-                        reply = _pack_reply(ident, 9, _READ_SIZE + count, 1, 0, offset, region, count) + data
+                        reply = _pack_reply(ident, _READ, _READ_SIZE + count, _REPLY, 0, offset, region, count) + data
                         if len(data) != count:
                             reply = self._short_read(ident, proto.Access(offset, region, count), len(data))
                     except OSError as error:
@@ -249,7 +249,7 @@ class Session:
     def _work_off(self, link: Link, commands: Commands) -> None:
         """Handle all that was received, and wait for the rest of a message that is there in part."""
         inbox, turn = self._inbox, self._turn
-        while not inbox.empty:
+        while not inbox.empty():
             try:
                 message = inbox.pop()
             except FramingError as error:
@@ -258,11 +258,13 @@ class Session:
             if message is None:
                 turn.idle = True
                 inbox.receive()
-                turn.begin()
+                turn.idle = False
                 continue
             self._handle(message, link, commands)
-            if message.flags & proto.NO_REPLY or not inbox.empty:
+            if message.flags & proto.NO_REPLY or not inbox.empty():
                 turn.step()
+            else:
+                self._throttle.last = turn
 
     def _handle(self, message: Received, link: Link, commands: Commands) -> None:
         began = time.monotonic()
@@ -327,6 +329,8 @@ class Session:
 
 #: A whole REGION_READ: id; command, size and flags, which are the same in every good one; offset, region, count.
 _READ_SIZE: Final = proto.READ.size
+_READ: Final = int(Command.REGION_READ)
+_REPLY: Final = proto.TYPE_REPLY
 _READ_HEAD: Final = struct.pack("=HII", Command.REGION_READ, _READ_SIZE, proto.TYPE_COMMAND)
 _unpack_read: Final = struct.Struct("=H10s4xQII").unpack_from
 _pack_reply: Final = proto.READ.pack

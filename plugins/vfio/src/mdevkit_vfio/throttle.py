@@ -2,8 +2,9 @@
 
 Python runs one thread at a time. A client that sends without waiting for replies keeps its thread busy, and the thread of
 another client that has just received something then waits for the interpreter's switch interval (5 ms) instead of
-microseconds. So a session that works off such a backlog looks around every few messages and sleeps for a moment when
-another one has work. Sessions whose clients wait for each reply pay nothing but two stores per message.
+microseconds, and perhaps for a processor too. So a session that works off such a backlog looks around every few messages,
+and pauses each time as long as others are at work. Sessions whose clients wait for each reply pay nothing but two stores
+per message.
 
 A `Throttle` is shared by the servers of a process through their constructor; any thread may call it. A `Turn` is the
 view of one session on it and is used on that session's thread; the others only read its attributes.
@@ -16,12 +17,13 @@ import threading
 import time
 from typing import Final
 
-#: Seconds given away at a time: what a thread that waits for the interpreter needs to be woken and to finish a message.
+#: Seconds given away at a time (the kernel's timer slack adds as much): what a waiting thread needs to be woken and to
+#: finish a message.
 PAUSE: Final = 50e-6
-#: Messages of a backlog between two looks around, about 100 us of work.
-INTERVAL: Final = 32
-#: Seconds a session may spend in one message and still be waited for; longer means that it is blocked, not busy.
-PATIENCE: Final = 0.01
+#: Seconds of work between two looks around.
+SLICE: Final = 25e-6
+#: Seconds for which another session counts as being at work after its last message.
+MEMORY: Final = 0.1
 
 
 class Throttle:
@@ -30,7 +32,7 @@ class Throttle:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._turns: Final[dict[int, Turn]] = {}
-        #: Who began a message last; a plain store by whoever it is, so a hint and no more.
+        #: Who had a message without a backlog last; a plain store by whoever it is, so a hint and no more.
         self.last: Turn | None = None
         #: Changes with every client that comes or goes.
         self.generation = 0
@@ -65,49 +67,35 @@ class Throttle:
 class Turn:
     """One session's place among the others."""
 
-    __slots__ = ("_count", "_generation", "_guest", "_others", "_poll", "_throttle", "_until", "fd", "idle", "resting")
+    __slots__ = ("_due", "_generation", "_others", "_poll", "_throttle", "_until", "fd", "idle")
 
     def __init__(self, throttle: Throttle, fd: int) -> None:
         self.fd: Final = fd
-        #: Waiting for the client, not inside a message.
+        #: Waiting for the client, not inside a message. A session stuck in one is waited for by nobody.
         self.idle = True
-        #: Giving way right now, so no reason for anybody else to do the same.
-        self.resting = False
         self._throttle: Final = throttle
-        self._count = 0
-        self._guest: Turn | None = None
+        self._due = 0.0
         self._until = 0.0
         self._generation = -1
         self._others: dict[int, Turn] = {}
         self._poll = select.poll()
 
-    def begin(self) -> None:
-        """Note that a message is there."""
-        self.idle = False
-        self._throttle.last = self
-
-    def step(self, weight: int = 1) -> None:
-        """Call between the messages of a backlog, and between the parts of a long one; `weight` in messages."""
-        self._count += weight
-        if self._count >= INTERVAL:
-            self._count = 0
-            if self._throttle.sessions > 1 and self._wanted():
-                self.resting = True
+    def step(self) -> None:
+        """Call between the messages of a backlog, and between the parts of a long one."""
+        if self._throttle.sessions > 1 and time.monotonic() >= self._due:
+            if self._wanted():
                 time.sleep(PAUSE)
-                self.resting = False
+            self._due = time.monotonic() + SLICE
 
     def _wanted(self) -> bool:
-        """Whether another session is in the middle of a message, or its client has sent what its thread could not take yet."""
+        """Whether another session has worked lately, or its client has sent what its thread could not take yet."""
         now = time.monotonic()
-        other = self._throttle.last
-        if other is not self:
+        if self._throttle.last is not self:
             self._throttle.last = self
-            self._guest = other
-            self._until = now + PATIENCE
-        guest = self._guest
-        if guest is not None and not guest.idle and not guest.resting and now < self._until:
-            return True
-        return any(turn.idle for turn in self._waiting())
+            self._until = now + MEMORY
+        elif now >= self._until and any(turn.idle for turn in self._waiting()):
+            self._until = now + MEMORY
+        return now < self._until
 
     def _waiting(self) -> list[Turn]:
         """Return the others whose clients have sent something."""

@@ -68,10 +68,14 @@ class Suite:
     @classmethod
     def type_ids(cls) -> list[Any]:
         """Return the types to test, as parameters for pytest."""
+        reasons = _reasons(cls.make_registry, cls.wanted)
+        unknown = [type_id for type_id in cls.types if type_id not in reasons]
+        if unknown:
+            there = ", ".join(reasons)
+            raise pytest.UsageError(f"{cls.__qualname__}.types names {', '.join(unknown)}, but there are {there}")
         return [
-            pytest.param(type_id, marks=[pytest.mark.skip(reason=reason)] if reason else [])
-            for type_id, reason in _reasons(cls.make_registry, cls.wanted).items()
-            if type_id in (cls.types or [type_id])
+            pytest.param(type_id, marks=[pytest.mark.skip(reason=reasons[type_id])] if reasons[type_id] else [])
+            for type_id in cls.types or reasons
         ]
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:

@@ -125,11 +125,11 @@ class ParentSuite(Suite):
 
     def test_create_with_a_bad_parameter_consumes_nothing(self, registry: Registry, mdev_type: MdevType) -> None:
         """Checks that a create with a bad or unknown parameter is refused and leaves everything as it was."""
-        bad = {"no-such-attribute": "1"} | {
-            attribute.name: values[0]
-            for attribute in mdev_type.device_table.values()
-            if attribute.create and (values := _bad_values(attribute)[1]) and _bad_values(attribute)[0]
-        }
+        bad = {"no-such-attribute": "1"}
+        for attribute in mdev_type.device_table.values():
+            known, values = _bad_values(attribute)
+            if attribute.create and known and values:
+                bad[attribute.name] = values[0]
         with _nothing_changes(registry, mdev_type):
             for name, value in bad.items():
                 with refused(f"a create with {name}={value[:40]!r}", errno.EINVAL, errno.ENOENT):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -59,17 +59,22 @@ def pack_write_multi(writes: Sequence[Write]) -> bytes:
     return _COUNT.pack(len(writes)) + b"".join(_MULTI.pack(w.offset, w.region, len(w.data), w.data) for w in writes)
 
 
-def parse_write_multi(payload: Buffer) -> list[Write]:
-    """Read the payload of REGION_WRITE_MULTI; every write is checked before the first is done."""
+def parse_write_multi(payload: Buffer) -> Iterator[Write]:
+    """Read the payload of REGION_WRITE_MULTI, which may be long: the writes come one by one.
+
+    EINVAL for a wrong length at once, for a wrong write when it is reached.
+    """
     at_least(Command.REGION_WRITE_MULTI, payload, _COUNT.size)
     (count,) = _COUNT.unpack_from(payload)
     fixed(Command.REGION_WRITE_MULTI, payload, _COUNT.size + count * _MULTI.size)
-    writes = []
-    for offset, region, size, data in _MULTI.iter_unpack(payload[_COUNT.size :]):
+    return _writes(payload[_COUNT.size :])
+
+
+def _writes(payload: Buffer) -> Iterator[Write]:
+    for offset, region, size, data in _MULTI.iter_unpack(payload):
         if not 1 <= size <= len(data):
             raise invalid(Command.REGION_WRITE_MULTI, f"a write of {size} bytes does not fit its 8")
-        writes.append(Write(region, offset, data[:size]))
-    return writes
+        yield Write(region, offset, data[:size])
 
 
 def pack_write_multi_reply(count: int) -> bytes:

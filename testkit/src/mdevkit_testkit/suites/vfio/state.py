@@ -58,7 +58,7 @@ class DeviceState(VfioBase):
                 scribble(ops, seed)
 
     def test_devices_share_no_state(self, ops: VfioOps, make_ops: Callable[[], VfioOps]) -> None:
-        """Checks that writes to one device, its reset and its client's leaving change nothing in another."""
+        """Checks that writes to one device, and its reset, change nothing in another."""
         other = make_ops()
         where = places(other)
         first, before = fingerprint(other.read, where), fingerprint(other.read, where)

@@ -1,0 +1,122 @@
+"""What the control plane costs, in ratios: this machine's speed drops out of them.
+
+``python bench/control.py [DEVICES]`` starts a service of its own with the demo parents of the tests, and prints
+
+* create and remove of a device against GET /v1/version, on one connection, beside few devices and beside many;
+* the list of 10, 100 and 1,000 devices, and the slope per device;
+* how long after a create its event arrives;
+* ``mdevkit list`` and ``mdevkit types``, whole processes, against ``python -c pass``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from mdevkit.client import Client
+
+PARENTS = Path(__file__).parents[1] / "tests" / "parents"
+MDEVKIT = Path(sys.executable).with_name("mdevkit")
+
+
+def timed(call, times):
+    """Return the median of the seconds `call` takes."""
+    taken = []
+    for _ in range(times):
+        began = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def processes(commands, environment, rounds=15):
+    """Return the fewest seconds each command took, run in turn."""
+    best = dict.fromkeys(commands, float("inf"))
+    with open(os.devnull, "wb") as nothing:
+        for _ in range(rounds):
+            for name, command in commands.items():
+                began = time.perf_counter()
+                subprocess.run(command, env=environment, check=True, stdout=nothing)
+                best[name] = min(best[name], time.perf_counter() - began)
+    return best
+
+
+def line(name, seconds, base, what):
+    print(f"{name:32}{seconds * 1e6:10.0f} us {seconds / base:8.2f} x {what}")
+
+
+def api(client, devices):
+    client.post("/v1/devices", {"type": "demo-many"})
+    version = timed(lambda: client.get("/v1/version"), 300)
+    line("GET /v1/version", version, version, "itself")
+    sizes = [10, devices // 10, devices]
+    for size in sizes:
+        have = len(client.get("/v1/devices"))
+        uuids = [client.post("/v1/devices", {"type": "demo-many"})["uuid"] for _ in range(size - have)]
+        extra = []
+        create = timed(lambda extra=extra: extra.append(client.post("/v1/devices", {"type": "demo-many"})["uuid"]), 100)
+        removal = timed(lambda extra=extra: client.delete(f"/v1/devices/{extra.pop()}"), 100)
+        listing = timed(lambda: client.get("/v1/devices"), 5)
+        again = timed(lambda: client.get("/v1/version"), 200)
+        line(f"create beside {size}", create, again, "GET version")
+        line(f"remove beside {size}", removal, again, "GET version")
+        line(f"list of {size}", listing, again, f"GET version, {listing / size * 1e6:.1f} us a device")
+        del uuids
+    return version
+
+
+def event_latency(client, watcher):
+    stream = watcher.events(timeout=10)
+    taken = []
+    for _ in range(50):
+        began = time.perf_counter()
+        client.post("/v1/devices", {"type": "demo-many"})
+        next(stream)
+        taken.append(time.perf_counter() - began)
+        next(stream)
+    return statistics.median(taken)
+
+
+def main():
+    devices = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
+            "XDG_RUNTIME_DIR": folder,
+            "MDEVKIT_DEFINITIONS": f"{folder}/definitions",
+            "PYTHONPATH": str(PARENTS),
+            "MDEVKIT_PLUGINS": "mdevkit-demo",
+        }
+        began = time.perf_counter()
+        subprocess.run([MDEVKIT, "service", "start"], env=environment, check=True)
+        print(f"start of the service, hosts and all: {time.perf_counter() - began:.2f} s")
+        path = f"{folder}/mdevkit/control.sock"
+        with Client(path, start=False) as client, Client(path, start=False) as watcher:
+            pid = client.get("/v1/version")["pid"]
+            try:
+                commands = {
+                    "python -c pass": [sys.executable, "-c", "pass"],
+                    "mdevkit list": [MDEVKIT, "list"],
+                    "mdevkit types": [MDEVKIT, "types"],
+                    "mdevkit show": [MDEVKIT, "show", client.post("/v1/devices", {"type": "demo-many"})["uuid"]],
+                }
+                best = processes(commands, environment)
+                for name, seconds in best.items():
+                    line(name, seconds, best["python -c pass"], "python -c pass")
+                version = api(client, devices)
+                line("create until its event is read", event_latency(client, watcher), version, "GET version")
+            finally:
+                client.post("/v1/shutdown", {"remove_devices": True, "force": True})
+                while Path(f"/proc/{pid}").exists():
+                    time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    main()
