@@ -313,6 +313,18 @@ def test_control_characters_do_not_reach_the_terminal(mdevkit):
     assert re.search(r"\\+x1b\[2J", result.stderr)
 
 
+def test_what_a_broken_plugin_says_is_escaped_too(mdevkit, tmp_path):
+    info = tmp_path / "evil-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[mdevkit.parents]\nevil = evil:Evil\n")
+    (tmp_path / "evil.py").write_text(r"raise RuntimeError('\x1b[2Jgone')")
+    result = mdevkit("types", PYTHONPATH=str(tmp_path))
+    assert "\x1b" not in result.stderr
+    assert "plugin evil of evil 1.0 cannot be used: RuntimeError: " in result.stderr
+    assert "mtty-2" in result.stdout, "the others work"
+
+
 def test_uuid_is_made_up_when_none_is_given(serving):
     _, facts = serving("mtty-1")
     assert uuids.UUID(facts["uuid"]).version == 4

@@ -6,9 +6,11 @@ The public API is what this module exports; names are imported when first used, 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # typing is what takes time
 if TYPE_CHECKING:
+    from typing import Any
+
     from mdevkit.attributes import Attribute, Bool, Choice, Int, Text
     from mdevkit.bus import Bus
     from mdevkit.device import Device, Mdev, State

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,13 @@ from mdevkit.errors import MdevError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+class _Complaints(logging.Handler):
+    """Tells what core and plugins log on stderr, with everything a terminal could act on escaped."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        complain(self.format(record))
 
 
 def is_usage(error: Exception) -> bool:
@@ -30,6 +38,7 @@ def usage(error: Any) -> int:
 
 def make_app(arguments: Sequence[str]) -> typer.Typer:
     """Return the application with the subcommand that is asked for, or with all of them for help and for mistakes."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_Complaints()])
     app = typer.Typer(
         name="mdevkit",
         help="Mediated devices: list what there is, create devices, give them to hypervisors.",

@@ -26,7 +26,7 @@ from mdevkit_vfio.uapi import FEATURE_GET, FEATURE_PROBE, FEATURE_SET, Feature, 
 log = logging.getLogger("mdevkit.vfio")
 
 #: An access longer than this reaches the device in parts, so that other sessions of the process get in between.
-PART: Final = 256
+PART: Final = 128
 
 
 class Answer(NamedTuple):
@@ -118,15 +118,12 @@ class Commands:
     def _region_read(self, payload: memoryview, fds: list[int]) -> bytes:
         del fds
         access = proto.parse_region_read(payload)
-        return access.pack() + self.read(access.region, access.offset, access.count)
-
-    def read(self, region: int, offset: int, count: int) -> bytes:
-        """Read from the device: EINVAL outside the region or beyond the limit, EIO if the device breaks its contract."""
-        self._check_access(Command.REGION_READ, self.readable, region, offset, count)
-        data = b"".join([self._ops.read(region, at, size) for at, size in self._parts(offset, count)])
-        if len(data) != count:
-            raise MdevError(errno.EIO, f"the device returned {len(data)} bytes for a read of {count}")
-        return data
+        self._check_access(Command.REGION_READ, self.readable, access.region, access.offset, access.count)
+        parts = [self._ops.read(access.region, at, size) for at, size in self._parts(access.offset, access.count)]
+        returned = sum(map(len, parts))
+        if returned != access.count:
+            raise MdevError(errno.EIO, f"the device returned {returned} bytes for a read of {access.count}")
+        return b"".join((access.pack(), *parts))
 
     def _region_write(self, payload: memoryview, fds: list[int]) -> bytes:
         del fds
@@ -134,7 +131,7 @@ class Commands:
         self._check_access(Command.REGION_WRITE, self.writable, access.region, access.offset, access.count)
         for at, size in self._parts(access.offset, access.count):
             begin = at - access.offset
-            self._ops.write(access.region, at, data[begin : begin + size])
+            self._ops.write(access.region, at, bytes(data[begin : begin + size]))
         return access.pack()
 
     def _write_multi(self, payload: memoryview, fds: list[int]) -> bytes:

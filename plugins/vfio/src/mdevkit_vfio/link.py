@@ -34,6 +34,7 @@ DMA_TIMEOUT: Final = 5.0
 DMA_CHUNK: Final = WHOLE - proto.HEADER_SIZE - 16
 #: No SIGPIPE, whatever the process does with it. (The enum member would cost a conversion with each send.)
 NO_SIGNAL: Final = int(socket.MSG_NOSIGNAL)
+_MORE: Final = int(socket.MSG_MORE)
 #: How many questions given up on are remembered, so that their late answers are no surprise.
 _REMEMBERED: Final = 64
 
@@ -84,18 +85,20 @@ class Link:
         self._forgotten: Final[dict[int, None]] = {}
         self._gone = False
 
-    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+    def send(self, head: bytes, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
         """Send a whole message, with its descriptors at the first byte. Blocks while the client does not read.
 
         A message with descriptors may have up to `WHOLE` bytes.
         """
         if fds:
-            socket.send_fds(self._sock, [data], list(fds), NO_SIGNAL)
-        elif len(data) <= WHOLE:
-            self._sock.sendall(data, NO_SIGNAL)
+            socket.send_fds(self._sock, [head, payload], list(fds), NO_SIGNAL)
+        elif len(payload) < WHOLE - len(head):
+            self._sock.sendall(head + payload, NO_SIGNAL)
         else:
+            # Not glued together: the copy would stop other threads for a while.
             with self._send_lock:
-                self._sock.sendall(data, NO_SIGNAL)
+                self._sock.sendall(head, NO_SIGNAL | _MORE)
+                self._sock.sendall(payload, NO_SIGNAL)
 
     def dma_read(self, iova: int, count: int) -> bytes:
         """See `DmaTransport.dma_read`. Long reads are several messages; a client may answer with less than was asked."""

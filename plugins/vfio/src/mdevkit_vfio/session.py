@@ -283,14 +283,16 @@ class Session:
         finally:
             close_all(message.fds)
         payload, fds = answer if isinstance(answer, Answer) else (answer, ())
-        if not message.flags & proto.NO_REPLY:
-            link.send(self._reply(message, payload, failure), fds)
+        if message.flags & proto.NO_REPLY:
+            pass
+        elif failure is None:
+            link.send(proto.reply_head(message.id, message.command, len(payload)), payload, fds)
+        else:
+            link.send(self._refusal(message, failure))
         if self.observer is not None:
             self._observe(message, given, payload, failure, began)
 
-    def _reply(self, message: Received, payload: bytes, failure: MdevError | None) -> bytes:
-        if failure is None:
-            return proto.reply(message.id, message.command, payload)
+    def _refusal(self, message: Received, failure: MdevError) -> bytes:
         if message.command == Command.REGION_READ:
             with contextlib.suppress(MdevError):
                 return self._failed_read(message.id, proto.parse_region_read(message.payload), failure)

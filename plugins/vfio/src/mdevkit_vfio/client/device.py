@@ -96,7 +96,7 @@ class RegionClient:
         access, data = proto.parse_region_data(Command.REGION_READ, payload)
         if access.count != count:
             raise MdevError(errno.EIO, f"{access.count} bytes for a read of {count}")
-        return data
+        return bytes(data)
 
     def write(self, offset: int, data: bytes, *, posted: bool = False) -> None:
         """Write bytes by message; `posted` waits for no reply, and learns of no error."""

@@ -20,9 +20,11 @@ class OutboxLock(Generic[T]):
     Two threads may deliver at the same time; an item is delivered once.
     """
 
-    __slots__ = ("_deliver", "_depth", "_lock", "_outbox")
+    __slots__ = ("_deliver", "_depth", "_lock", "_outbox", "leaving")
 
     def __init__(self, deliver: Callable[[T], None]) -> None:
+        #: Called each time the lock is about to be released for good, still under it; must not raise.
+        self.leaving: Callable[[], None] | None = None
         self._lock = threading.RLock()
         self._depth = 0
         self._deliver = deliver
@@ -33,7 +35,10 @@ class OutboxLock(Generic[T]):
         self._depth += 1
 
     def __exit__(self, *_: object) -> None:
-        self._depth = depth = self._depth - 1
+        depth = self._depth - 1
+        if self.leaving is not None and not depth:
+            self.leaving()
+        self._depth = depth
         self._lock.release()
         if self._outbox and not depth:
             self._empty()

@@ -54,6 +54,7 @@ from mdevkit_vfio.proto.header import (
     invalid,
     message,
     reply,
+    reply_head,
 )
 from mdevkit_vfio.proto.info import (
     IndexRequest,
@@ -164,4 +165,5 @@ __all__ = [
     "parse_write_multi",
     "parse_write_multi_reply",
     "reply",
+    "reply_head",
 ]

@@ -36,11 +36,14 @@ def parse_region_read(payload: Buffer) -> Access:
     return Access(*_ACCESS.unpack(payload))
 
 
-def parse_region_data(command: Command, payload: Buffer) -> tuple[Access, bytes]:
-    """Read the payload of a REGION_WRITE or of the reply to a REGION_READ: exactly `count` bytes of data follow."""
+def parse_region_data(command: Command, payload: Buffer) -> tuple[Access, memoryview]:
+    """Read the payload of a REGION_WRITE or of the reply to a REGION_READ: exactly `count` bytes of data follow.
+
+    The data is a view of `payload`, not a copy: a megabyte would stop other threads for a while.
+    """
     at_least(command, payload, _ACCESS.size)
     access = Access(*_ACCESS.unpack_from(payload))
-    data = bytes(payload[_ACCESS.size :])
+    data = memoryview(payload)[_ACCESS.size :]
     if len(data) != access.count:
         raise invalid(command, f"{len(data)} bytes of data for a count of {access.count}")
     return access, data

@@ -117,9 +117,14 @@ def message(ident: int, command: int, payload: Buffer = b"", flags: int = TYPE_C
     return HEADER.pack(ident, command, HEADER_SIZE + len(payload), flags, 0) + payload
 
 
+def reply_head(ident: int, command: int, size: int) -> bytes:
+    """Return the header of the successful reply to message `ident`, which has a payload of `size` bytes."""
+    return HEADER.pack(ident, command, HEADER_SIZE + size, TYPE_REPLY, 0)
+
+
 def reply(ident: int, command: int, payload: Buffer = b"") -> bytes:
     """Return the successful reply to message `ident`."""
-    return HEADER.pack(ident, command, HEADER_SIZE + len(payload), TYPE_REPLY, 0) + payload
+    return reply_head(ident, command, len(payload)) + payload
 
 
 def error_reply(ident: int, command: int, number: int) -> bytes:
