@@ -45,6 +45,8 @@ int main(int argc, char **argv)
         perror(argv[1]);
         return 1;
     }
+    puts("ready");
+    fflush(stdout);
     for (int sock; (sock = accept(listener, NULL, NULL)) >= 0;)
         serve(sock);
     return 0;

@@ -12,7 +12,8 @@ A plugin distribution registers in these groups; the object named there is a fac
 stevedore does the loading, without its cache (which loses the distribution, and misses changes within two minutes) and with
 a check for duplicates of our own (stevedore sees adjacent ones only). A plugin that cannot be used is recorded with its
 distribution, version and reason, and everybody else works. ``MDEVKIT_PLUGINS`` (an allow-list; empty allows none) and
-``MDEVKIT_PLUGINS_BLOCK`` take distribution names separated by commas. Loading may run on any thread, one at a time:
+``MDEVKIT_PLUGINS_BLOCK`` take distribution names separated by commas;
+the allow-list leaves subcommands alone. Loading may run on any thread, one at a time:
 `Catalog.lock` is the one lock that is held while code of a plugin runs, as Python's own import lock is.
 """
 
@@ -229,7 +230,7 @@ def _block(plugins: Iterable[Plugin]) -> None:
         name = _normal(plugin.distribution)
         if name in blocked:
             plugin.status, plugin.reason = Status.BLOCKED, "blocked by MDEVKIT_PLUGINS_BLOCK"
-        elif allowed is not None and name not in allowed:
+        elif allowed is not None and name not in allowed and plugin.group != CLI:
             plugin.status, plugin.reason = Status.BLOCKED, "not in MDEVKIT_PLUGINS"
 
 

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from mdevkit.errors import MdevError
 from mdevkit.paths import runtime_dir
@@ -19,6 +19,10 @@ from mdevkit.paths import runtime_dir
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
+
+
+#: What tells a note from other files in the folder.
+_UUID_LENGTH: Final = 36
 
 
 @contextmanager
@@ -42,7 +46,7 @@ def announced(uuid: str, facts: Mapping[str, Any]) -> Iterator[None]:
 
 def running() -> list[dict[str, Any]]:
     """Return the facts of every device that runs; removes stale notes."""
-    return [facts for path in sorted(runtime_dir().glob("*.json")) if (facts := _read(path)) is not None]
+    return [facts for path in sorted(runtime_dir().glob(f"{'?' * _UUID_LENGTH}.json")) if (facts := _read(path)) is not None]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

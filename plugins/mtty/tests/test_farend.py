@@ -435,19 +435,20 @@ def test_a_path_that_is_too_long_is_refused(card: Any, tmp_path: Path):
     card.device.set_far_end(0, f"unix:{fits}")
     assert Path(fits).is_socket()
     card.device.set_far_end(0, "loopback")
-    text = f"far end unix:{fits}x: a socket path has at most 107 bytes, not 108"
+    text = f"{fits}x has 108 bytes, a socket's path may have 107"
     assert refusal(card, fits + "x") == (errno.ENAMETOOLONG, text)
     umlauts = "/" + "ä" * 54
-    assert refusal(card, umlauts)[1].endswith("at most 107 bytes, not 109")
+    assert refusal(card, umlauts)[1] == f"{umlauts} has 109 bytes, a socket's path may have 107"
 
 
 def test_a_missing_folder_is_refused(card: Any, tmp_path: Path):
-    assert refusal(card, f"{tmp_path}/no/p0") == (errno.ENOENT, f"far end unix:{tmp_path}/no/p0: there is no folder {tmp_path}/no")
+    text = f"cannot listen at {tmp_path}/no/p0: the folder {tmp_path}/no does not exist"
+    assert refusal(card, f"{tmp_path}/no/p0") == (errno.ENOENT, text)
 
 
 def test_a_file_in_place_of_a_folder_is_refused(card: Any, tmp_path: Path):
     (tmp_path / "file").touch()
-    text = f"far end unix:{tmp_path}/file/p0: {tmp_path}/file is not a folder"
+    text = f"cannot listen at {tmp_path}/file/p0: {tmp_path}/file is not a folder"
     assert refusal(card, f"{tmp_path}/file/p0") == (errno.ENOTDIR, text)
 
 
@@ -455,10 +456,52 @@ def test_a_file_in_place_of_a_folder_is_refused(card: Any, tmp_path: Path):
 def test_a_taken_path_is_refused_and_left_alone(card: Any, tmp_path: Path, kind: str):
     path = tmp_path / "p0"
     with socket.socket(socket.AF_UNIX) as other:
-        other.bind(str(path)) if kind == "socket" else path.write_text("mine")
-        text = f"far end unix:{path}: there is a file of that name already"
-        assert refusal(card, str(path)) == (errno.EADDRINUSE, text)
+        if kind == "socket":
+            other.bind(str(path))
+            other.listen()
+        else:
+            path.write_text("mine")
+        assert refusal(card, str(path)) == (errno.EADDRINUSE, f"{path} is taken")
     assert path.exists()
+
+
+def test_a_socket_nobody_listens_on_any_more_is_replaced(card: Any, tmp_path: Path):
+    """As a process leaves it that was killed."""
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(f"{tmp_path}/p0")
+    card.device.set_far_end(0, f"unix:{tmp_path}/p0")
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(f"{tmp_path}/p0")
+        until(lambda: carrier(card))
+
+
+def test_sockets_are_made_by_whom_the_device_was_given(
+    connect: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It gets the whole path, since its folder may be another; what it raises is told, what it makes need not be set up."""
+    asked = []
+
+    def listen(path: str) -> socket.socket:
+        asked.append(path)
+        if path.endswith("refused"):
+            raise MdevError(errno.EPERM, f"{path} is not yours")
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        listener.listen()
+        return listener
+
+    monkeypatch.chdir(tmp_path)
+    card = connect(MttyDevice(1, listen=listen))
+    assert refusal(card, "refused") == (errno.EPERM, f"{tmp_path}/refused is not yours")
+    card.device.set_far_end(0, "unix:p0")
+    assert asked == [f"{tmp_path}/refused", f"{tmp_path}/p0"]
+    for _ in range(2):
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect("p0")
+            until(lambda: carrier(card))
+        until(lambda: not carrier(card))
+    card.device.set_far_end(0, "loopback")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_without_permission_is_refused(card: Any, tmp_path: Path):
@@ -478,13 +521,13 @@ def test_a_folder_without_permission_is_refused(card: Any, tmp_path: Path):
     os.close(report)
     os.waitpid(child, 0)
     with os.fdopen(outcome) as text:
-        assert text.read() == f"EACCES far end unix:{tmp_path}/p0: no permission to make files in {tmp_path}"
+        assert text.read() == f"EACCES cannot listen at {tmp_path}/p0: no permission to make files in {tmp_path}"
     tmp_path.chmod(0o700)
 
 
 def test_a_refused_change_keeps_the_far_end_there_was(card: Any, tmp_path: Path):
     card.device.set_far_end(0, f"unix:{tmp_path}/p0")
-    with pytest.raises(MdevError, match="there is a file of that name already"):
+    with pytest.raises(MdevError, match=f"{tmp_path}/p0 is taken"):
         card.device.set_far_end(1, f"unix:{tmp_path}/p0")
     with socket.socket(socket.AF_UNIX) as peer:
         peer.connect(f"{tmp_path}/p0")

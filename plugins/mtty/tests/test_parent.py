@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from mdevkit import Mdev, MdevError, Registry
+from mdevkit.sockets import listen_at
 from mdevkit_mtty.model import MttyDevice, SampleDevice
 from mdevkit_mtty.parent import MttyParent
 from mdevkit_vfio.bus import VfioBus, VfioMdev
@@ -131,7 +132,7 @@ BAD = [
     ({"port0": "unix:"}, errno.EINVAL, "attribute port0: loopback, pty or unix:PATH is wanted, not 'unix:'"),
     ({"port0": "unix:/tmp/a\nb"}, errno.EINVAL, "attribute port0: loopback, pty or unix:PATH is wanted, not 'unix:/tmp/a\\nb'"),
     ({"compat": "windows"}, errno.EINVAL, "attribute compat: one of none, linux is wanted, not 'windows'"),
-    ({"port1": "unix:/nowhere/p"}, errno.ENOENT, "far end unix:/nowhere/p: there is no folder /nowhere"),
+    ({"port1": "unix:/nowhere/p"}, errno.ENOENT, "cannot listen at /nowhere/p: the folder /nowhere does not exist"),
     ({"compat": "linux", "port1": "pty"}, errno.EINVAL, "port 1 of a device with compat=linux is always loopback, not pty"),
 ]
 
@@ -151,9 +152,22 @@ def test_a_refused_create_says_why_and_leaves_nothing(
 
 def test_the_same_socket_twice_in_one_create(registry: Registry, tmp_path: Path):
     path = f"{tmp_path}/p"
-    with pytest.raises(MdevError, match="there is a file of that name already"):
+    with pytest.raises(MdevError, match=f"{path} is taken"):
         create(registry, port0=f"unix:{path}", port1=f"unix:{path}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sockets_are_made_by_the_devices_listen(registry: Registry, tmp_path: Path):
+    asked = []
+
+    def listen(path: str) -> socket.socket:
+        asked.append(path)
+        return listen_at(path)
+
+    registry.listen = listen
+    mdev = create(registry, port0=f"unix:{tmp_path}/p0")
+    mdev.set_attribute("port1", f"unix:{tmp_path}/p1")
+    assert asked == [f"{tmp_path}/p0", f"{tmp_path}/p1"]
 
 
 def test_leaving_the_registry_closes_every_far_end(no_leaks: None, tmp_path: Path):

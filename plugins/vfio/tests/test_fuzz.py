@@ -2,18 +2,23 @@
 
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import random
+import socket
 import struct
 import sys
+import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mdevkit.errors import MdevError
 from mdevkit_vfio import proto
 from mdevkit_vfio.client import VfioUserClient
+from mdevkit_vfio.descriptors import close_all
+from mdevkit_vfio.framing import CAPACITY, Inbox, PeerGoneError
 from mdevkit_vfio.proto import Command
 from mdevkit_vfio.uapi import Irq, IrqSet
 
@@ -65,6 +70,47 @@ def test_a_parser_returns_a_value_or_says_what_is_wrong(words, rest, parse):
     with pytest.raises(MdevError, match=r"\w+: .{10}") as caught:
         parse(data)
     assert caught.value.errno == errno.EINVAL
+
+
+PIECES = st.lists(
+    st.tuples(st.one_of(st.integers(0, 100), st.sampled_from([30000, CAPACITY - 16, CAPACITY - 15, 200_000])), st.integers(0, 3)),
+    max_size=8,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(PIECES, st.lists(st.one_of(st.integers(1, 50), st.integers(1000, 50_000)), min_size=1))
+def test_messages_and_descriptors_arrive_however_they_are_cut(messages, cuts):
+    """The first byte of a message carries its descriptors; where the rest is cut does not matter."""
+    near, far = socket.socketpair()
+    fds = [os.eventfd(0) for _ in range(3)]
+    received, cut = [], itertools.cycle(cuts)
+
+    def send():
+        for number, (size, count) in enumerate(messages):
+            data = proto.message(number, number, bytes([number]) * size)
+            sent = socket.send_fds(far, [data[: next(cut)]], fds[:count])
+            # Cut finely where it matters, at the header, and not a thousand times more.
+            for _ in range(40):
+                if sent < len(data):
+                    sent += far.send(data[sent : sent + next(cut)])
+            far.sendall(data[sent:])
+        far.close()
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    inbox = Inbox(near)
+    with contextlib.suppress(PeerGoneError):
+        while True:
+            while (message := inbox.pop()) is not None:
+                received.append((bytes(message.payload), len(message.fds), message.complete))
+                close_all(message.fds)
+            inbox.receive()
+    thread.join()
+    near.close()
+    close_all(fds)
+    assert inbox.empty()
+    assert received == [(bytes([number]) * size, count, True) for number, (size, count) in enumerate(messages)]
 
 
 class Fuzzer:

@@ -82,7 +82,7 @@ def test_a_folder_without_write_permission_is_refused(recorder, folder, no_leaks
 
 
 def test_a_path_where_another_server_listens_is_refused(server, recorder, connect, make_recorder):
-    cannot_start(make_recorder(), server.path, errno.EADDRINUSE, "is taken")
+    cannot_start(make_recorder(), server.path, errno.EADDRINUSE, f"{server.path} is taken: another server listens there")
     assert connect(server).read(0, 0, 1) == b"\0"
 
 
@@ -91,7 +91,7 @@ def test_a_path_that_is_no_socket_is_refused_and_left_alone(recorder, folder, ma
     path = folder / "socket"
     make(path)
     before = path.lstat()
-    cannot_start(recorder, path, errno.EADDRINUSE, "is taken")
+    cannot_start(recorder, path, errno.EADDRINUSE, "is taken: something that is no socket is there")
     assert path.lstat().st_ino == before.st_ino
 
 
@@ -107,7 +107,7 @@ def test_the_socket_of_a_server_about_to_listen_is_left_alone(recorder, folder, 
         late.bind(str(path))
         timer = threading.Timer(0.01, late.listen)
         timer.start()
-        cannot_start(recorder, path, errno.EADDRINUSE, "is taken")
+        cannot_start(recorder, path, errno.EADDRINUSE, "is taken: another server listens there")
         timer.join()
     assert path.exists()
 
@@ -472,4 +472,23 @@ def test_a_server_survives_a_shortage_of_descriptors(server, connect, until, cap
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             for fd in taken:
                 os.close(fd)
+    assert connect(server).read(0, 0, 1) == b"\0"
+
+
+def test_a_server_survives_a_shortage_of_threads(server, connect, until, caplog, monkeypatch, recorder):
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name.endswith(" client"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        wire = connect(server, hello=False)
+        wire.send(VERSION)
+        assert wire.ended()
+    assert "device0 cannot serve pid" in caplog.text
+    assert server.client is None
+    assert recorder.calls == []
     assert connect(server).read(0, 0, 1) == b"\0"

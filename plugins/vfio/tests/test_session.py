@@ -169,6 +169,13 @@ def test_get_region_info_sends_the_file_with_every_reply_and_the_caps_where_they
     assert region_info(wire, 9, 200) == ((96, 15, 9, 32, 0x8000, 0x8000), 96, 1)
 
 
+def test_a_client_that_takes_no_descriptors_gets_none(server, connect):
+    wire = connect(server, hello=False)
+    wire.hello(proto.Version(0, 0, proto.Capabilities(max_msg_fds=0)).pack())
+    assert region_info(wire, 1, 80) == ((32, 3, 1, 0, 0x8000, 0), 32, 0)
+    assert wire.read(1, 0, 4) == bytes(range(4))
+
+
 def test_get_region_info_refusals(wire):
     assert wire.refused(Command.DEVICE_GET_REGION_INFO, proto.pack_region_info_request(10)) == errno.EINVAL
     assert wire.refused(Command.DEVICE_GET_REGION_INFO, proto.pack_region_info_request(0xFFFFFFFF)) == errno.EINVAL
@@ -230,8 +237,37 @@ def test_reads_outside_a_region_are_refused(wire, recorder, region, offset, coun
 def test_a_long_access_is_cut_where_no_register_can_be(wire, recorder):
     wire.read(0, 500, 200)
     assert recorder.calls[-3:] == [("read", 0, 500, 12), ("read", 0, 512, 128), ("read", 0, 640, 60)]
+    wire.ask(Command.REGION_WRITE, write(0, 1000, bytes(200)))
+    assert recorder.calls[-3:] == [("write", 0, at, bytes(size)) for at, size in ((1000, 24), (1024, 128), (1152, 48))]
+    # What fits a register is never cut.
     wire.ask(Command.REGION_WRITE, write(0, 1020, bytes(8)))
-    assert recorder.calls[-2:] == [("write", 0, 1020, bytes(4)), ("write", 0, 1024, bytes(4))]
+    assert recorder.calls[-1] == ("write", 0, 1020, bytes(8))
+
+
+def test_reading_everything_once_and_again(wire, recorder):
+    """Reads are remembered, but not without end, and what was remembered is right."""
+    for _ in range(2):
+        for offset in range(0, 4000, 3):
+            assert wire.read(0, offset, 2) == bytes(recorder.registers[offset : offset + 2])
+
+
+def test_a_read_whose_header_lies_about_its_size_is_none(wire, recorder):
+    wire.read(0, 0, 4)
+    good = proto.message(1, Command.REGION_READ, ACCESS.pack(0, 0, 4))
+    wire.send(good[:4] + struct.pack("=I", 40) + good[8:])
+    wire.send(bytes(8))
+    assert wire.receive()[0].error == errno.EINVAL
+    assert recorder.names().count("read") == 1
+
+
+def test_a_lone_write_that_is_wrong_is_refused(wire, recorder):
+    good = proto.message(1, Command.REGION_WRITE, write(0, 0, b"abcd"))
+    wire.send(good[:4] + struct.pack("=I", 40) + good[8:])
+    wire.send(bytes(4))
+    assert wire.receive()[0].error == errno.EINVAL
+    wire.send(good + good)
+    assert [wire.receive()[0].flags for _ in range(2)] == [proto.TYPE_REPLY] * 2
+    assert recorder.calls[1:] == [("write", 0, 0, b"abcd")] * 2
 
 
 def test_writes_reach_the_device_and_are_acknowledged_without_data(wire, recorder):

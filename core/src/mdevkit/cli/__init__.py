@@ -23,6 +23,7 @@ COMMANDS = {
     "attach": "mdevkit.cli.attach",
     "bind": "mdevkit.cli.bind",
     "buses": "mdevkit.cli.buses",
+    "console": "mdevkit.cli.console",
     "create": "mdevkit.cli.create",
     "drivers": "mdevkit.cli.drivers",
     "events": "mdevkit.cli.events",

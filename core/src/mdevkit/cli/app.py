@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -14,6 +15,12 @@ from mdevkit.errors import MdevError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+#: Set while a shell asks for completions, instead of arguments; the name is typer's.
+_COMPLETE: Final = "_MDEVKIT_COMPLETE"
+#: Where the line to complete is then, by shell.
+_LINES: Final = ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")
 
 
 class _Complaints(logging.Handler):
@@ -38,24 +45,34 @@ def usage(error: Any) -> int:
 
 def make_app(arguments: Sequence[str]) -> typer.Typer:
     """Return the application with the subcommand that is asked for, or with all of them for help and for mistakes."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_Complaints()])
+    completing = _COMPLETE in os.environ
+    # Nobody wants complaints in the line being typed.
+    handler = logging.NullHandler() if completing else _Complaints()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler])
+    wanted = next((word for word in (_typed() if completing else arguments) if not word.startswith("-")), None)
     app = typer.Typer(
         name="mdevkit",
         help="Mediated devices: list what there is, create devices, give them to hypervisors.",
         no_args_is_help=True,
-        add_completion=False,
+        add_completion=completing or wanted not in COMMANDS,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
     app.callback()(_options)
-    wanted = next((word for word in arguments if not word.startswith("-")), None)
     if wanted in COMMANDS:
         _add(app, wanted, import_module(COMMANDS[wanted]).command)
-        return app
-    for name, module in COMMANDS.items():
-        _add(app, name, import_module(module).command)
-    _add_plugins(app, wanted)
+    elif not (wanted and _add_plugins(app, wanted)):
+        for name, module in COMMANDS.items():
+            _add(app, name, import_module(module).command)
+        _add_plugins(app)
     return app
+
+
+def _typed() -> list[str]:
+    """Return the whole words of the line a shell wants completed: the last may be the beginning of several subcommands."""
+    line = next((os.environ[name] for name in _LINES if name in os.environ), "")
+    words = line.split()[1:]
+    return words if line[-1:].isspace() else words[:-1]
 
 
 def _add(app: typer.Typer, name: str, command: Any) -> None:
@@ -65,16 +82,18 @@ def _add(app: typer.Typer, name: str, command: Any) -> None:
         app.command(name)(command)
 
 
-def _add_plugins(app: typer.Typer, wanted: str | None) -> None:
-    """Add the subcommands other distributions bring: the one asked for, or all."""
+def _add_plugins(app: typer.Typer, wanted: str | None = None) -> int:
+    """Add the subcommands other distributions bring, or only the one of that name; return how many there are."""
     from mdevkit.plugins import CLI, Catalog, installed
 
     catalog = Catalog(installed())
-    for plugin in catalog.find(CLI, wanted) or catalog.find(CLI):
+    found = catalog.find(CLI, wanted)
+    for plugin in found:
         try:
             _add(app, plugin.name, catalog.load(plugin))
         except MdevError as error:
-            complain(f"{error} [{error.name}]")
+            logging.getLogger(__name__).warning("%s [%s]", error, error.name)
+    return len(found)
 
 
 def _version(wanted: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mdevkit.cli.complete import devices
 from mdevkit.cli.output import say, say_json
 from mdevkit.cli.remote import attach_facts
 from mdevkit.errors import MdevError
@@ -15,7 +16,9 @@ from mdevkit.running import find
 
 
 def command(
-    uuid: Annotated[str, typer.Argument(metavar="UUID", help="The device, or a unique beginning of its UUID.")],
+    uuid: Annotated[
+        str, typer.Argument(metavar="UUID", autocompletion=devices, help="The device, or a unique beginning of its UUID.")
+    ],
     qemu: Annotated[bool, typer.Option("--qemu", help="Arguments for QEMU (the default).")] = False,
     dpdk: Annotated[bool, typer.Option("--dpdk", help="Arguments for a DPDK application.")] = False,
     libvirt: Annotated[bool, typer.Option("--libvirt", help="XML for a libvirt domain.")] = False,

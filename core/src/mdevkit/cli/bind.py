@@ -6,12 +6,15 @@ from typing import Annotated
 
 import typer
 
+from mdevkit.cli.complete import devices
 from mdevkit.cli.remote import find
 from mdevkit.client import Client
 
 
 def command(
-    uuid: Annotated[str, typer.Argument(metavar="UUID", help="The device, or a unique beginning of its UUID.")],
+    uuid: Annotated[
+        str, typer.Argument(metavar="UUID", autocompletion=devices, help="The device, or a unique beginning of its UUID.")
+    ],
     driver: Annotated[str | None, typer.Argument(metavar="DRIVER", help="Whichever matches, by default.")] = None,
     override: Annotated[bool, typer.Option("--override", help="Set driver_override, so that it need not match.")] = False,
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mdevkit.cli.complete import types
 from mdevkit.cli.options import settings as check_settings
 from mdevkit.cli.options import uuid_text
 from mdevkit.cli.output import say, say_json
@@ -14,7 +15,9 @@ from mdevkit.client import Client
 
 
 def command(
-    type_id: Annotated[str, typer.Argument(metavar="TYPE", help="A type as `mdevkit types` shows it, e.g. mtty-2.")],
+    type_id: Annotated[
+        str, typer.Argument(metavar="TYPE", autocompletion=types, help="A type as `mdevkit types` shows it, e.g. mtty-2.")
+    ],
     parent: Annotated[str | None, typer.Option("--parent", "-p", help="Create it on this parent.")] = None,
     uuid: Annotated[
         str | None, typer.Option("--uuid", "-u", callback=uuid_text, help="The device's UUID; made up by default.")

@@ -7,6 +7,7 @@ import json
 
 from mdevkit.cli.output import complain, say, say_json
 from mdevkit.cli.remote import definitions, find, foreground, running_service
+from mdevkit.client import Client
 from mdevkit.errors import MdevError
 
 TYPE_CHECKING = False  # typing is what takes time
@@ -30,11 +31,12 @@ def list_devices(
     parent: str | None = None,
 ) -> None:
     """Print the devices there are, or those that are defined."""
-    service = running_service()
     if defined:
-        stored = [item for item in definitions(service) if _wanted(item, uuid, parent)] if service else []
+        with Client() as keeper:
+            stored = [item for item in definitions(keeper) if _wanted(item, uuid, parent)]
         _print_definitions(stored, as_json=as_json, dump=dump, verbose=verbose)
         return
+    service = running_service()
     devices = [*(service.get("/v1/devices") if service else []), *foreground()]
     devices = sorted(
         filter(lambda device: _wanted(device, uuid, parent), devices), key=lambda facts: (facts["parent"], facts["uuid"])

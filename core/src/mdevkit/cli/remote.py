@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     Facts = dict[str, Any]
 
 _UUID_LENGTH = 36
+_NOTE_LENGTH = _UUID_LENGTH + len(".json")
 
 
 def running_service() -> Client | None:
@@ -40,7 +41,7 @@ def _has_records(runtime: str) -> bool:
 def foreground() -> list[Facts]:
     """Return the devices of ``mdevkit run``."""
     try:
-        noted = any(name.endswith(".json") for name in os.listdir(runtime_path()))  # noqa: PTH208
+        noted = any(len(name) == _NOTE_LENGTH and name.endswith(".json") for name in os.listdir(runtime_path()))  # noqa: PTH208
     except OSError:
         noted = False
     if not noted:

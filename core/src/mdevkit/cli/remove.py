@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mdevkit.cli.complete import devices
 from mdevkit.cli.output import complain
 from mdevkit.cli.remote import find
 from mdevkit.client import Client
@@ -13,7 +14,9 @@ from mdevkit.errors import MdevError
 
 
 def command(
-    uuids: Annotated[list[str], typer.Argument(metavar="UUID...", help="Devices, or unique beginnings of their UUIDs.")],
+    uuids: Annotated[
+        list[str], typer.Argument(metavar="UUID...", autocompletion=devices, help="Devices, or unique beginnings of their UUIDs.")
+    ],
     force: Annotated[bool, typer.Option("--force", "-f", help="Close the connection of whoever uses it.")] = False,
     timeout: Annotated[
         float | None, typer.Option(metavar="SECONDS", min=0, help="How long a user of the device gets to let go.")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -93,11 +93,17 @@ def stop(
 
 def _await_end(pid: int) -> None:
     """Wait for a process that is not our child; ETIMEDOUT."""
-    deadline = time.monotonic() + _END_LIMIT
-    while Path(f"/proc/{pid}").exists():
-        if time.monotonic() > deadline:
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        ended = select.poll()
+        ended.register(process, select.POLLIN)
+        if not ended.poll(_END_LIMIT * 1000):
             raise MdevError(errno.ETIMEDOUT, f"the service (pid {pid}) has not ended within {_END_LIMIT:g} s", pid)
-        time.sleep(0.02)  # whose end the kernel does not tell us of
+    finally:
+        os.close(process)
 
 
 @command.command("status")

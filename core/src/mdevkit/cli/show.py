@@ -6,11 +6,14 @@ from typing import Annotated
 
 import typer
 
+from mdevkit.cli.complete import devices
 from mdevkit.cli.listing import show_device
 
 
 def command(
-    uuid: Annotated[str, typer.Argument(metavar="UUID", help="The device, or a unique beginning of its UUID.")],
+    uuid: Annotated[
+        str, typer.Argument(metavar="UUID", autocompletion=devices, help="The device, or a unique beginning of its UUID.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a device: state, driver, endpoint, attributes."""

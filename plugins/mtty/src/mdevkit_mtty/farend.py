@@ -15,7 +15,6 @@ import errno
 import os
 import select
 import socket
-import stat
 import termios
 import threading
 import tty
@@ -26,11 +25,9 @@ from pathlib import Path
 from typing import Final
 
 from mdevkit.errors import MdevError
+from mdevkit.sockets import Listen, listen_at, socket_identity, unlink_socket
 
 from mdevkit_mtty.attributes import LOOPBACK, PTY, UNIX
-
-#: Room for a path in a socket address (sun_path, unix(7)) beside its terminating zero, in bytes.
-PATH_MAX: Final = 107
 
 #: How long a writer to a full terminal waits before it tries again unasked, in seconds.
 RETRY: Final = 0.1
@@ -184,7 +181,7 @@ def _openpty() -> tuple[int, int]:
     try:
         master, slave = os.openpty()
     except OSError as error:
-        raise _refused(PTY, error) from error
+        raise MdevError(error.errno or errno.EIO, f"far end {PTY}: {error.strerror}", PTY) from error
     os.set_blocking(master, False)
     tty.setraw(slave)
     return master, slave
@@ -198,17 +195,19 @@ def _open_raw(path: str) -> int:
 
 
 class UnixLine(Line):
-    """A UNIX stream socket at `path`, mode 0600, for one peer at a time; the next one waits until the first has left.
+    """A UNIX stream socket at `path`, made by `listen`, for one peer at a time; the next one waits until the first has left.
 
     Without a peer the cable is unplugged: no carrier, and what the port sends is lost. A peer that has only stopped sending
     still receives. What a peer sent before it left is delivered before the next one is let in.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, listen: Listen) -> None:
         super().__init__()
+        # Whoever makes the socket may be another process, in another folder.
         self.path = str(Path(path).absolute())
-        self._listener = _listen(path)
-        self._identity = _identity(self.path)
+        self._listener = listen(self.path)
+        self._listener.setblocking(False)
+        self._identity = socket_identity(self.path)
         self._peer: socket.socket | None = None
         # The peer sends no more; the peer receives no more.
         self._ended = False
@@ -276,10 +275,10 @@ class UnixLine(Line):
         self._drop()
         if self._poller:
             self._poller.discard(self._listener.fileno())
-        self._listener.close()
+        # The folder may be one where whoever made the socket may remove files, and we may not.
         with contextlib.suppress(OSError):
-            if _identity(self.path) == self._identity:
-                Path(self.path).unlink()
+            unlink_socket(self._listener, self._identity, self.path)
+        self._listener.close()
 
     def _admit(self) -> None:
         """Take the next peer, if there is one."""
@@ -316,43 +315,6 @@ class UnixLine(Line):
         self._peer.close()
         self._peer = None
         self._readable = False
-
-
-def _listen(path: str) -> socket.socket:
-    """Return a listening socket bound to `path`; on failure nothing is left."""
-    length = len(os.fsencode(path))
-    if length > PATH_MAX:
-        raise MdevError(errno.ENAMETOOLONG, f"far end {UNIX}{path}: a socket path has at most {PATH_MAX} bytes, not {length}", path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.setblocking(False)
-        # The file is made with the mode of the socket: at no moment may others connect.
-        os.fchmod(listener.fileno(), 0o600)
-        listener.bind(path)
-        listener.listen(1)
-    except OSError as error:
-        listener.close()
-        raise _refused(f"{UNIX}{path}", error, Path(path)) from error
-    return listener
-
-
-def _refused(spec: str, error: OSError, path: Path | None = None) -> MdevError:
-    """Say why a far end cannot be had."""
-    reasons: dict[int | None, str] = {}
-    if path is not None:
-        reasons = {
-            errno.EADDRINUSE: "there is a file of that name already",
-            errno.ENOENT: f"there is no folder {path.parent}",
-            errno.ENOTDIR: f"{path.parent} is not a folder",
-            errno.EACCES: f"no permission to make files in {path.parent}",
-        }
-    reason = reasons.get(error.errno, error.strerror)
-    return MdevError(error.errno or errno.EIO, f"far end {spec}: {reason}", spec)
-
-
-def _identity(path: str) -> tuple[int, int]:
-    status = os.lstat(path)
-    return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else (0, 0)
 
 
 class Poller:
@@ -428,7 +390,7 @@ class FarEnds:
     """The far ends of one device's ports; all loopback at first.
 
     `plug` is called with a port and its new line (None for loopback), `pump` after something happened on any line, both with
-    the device's `lock` held. The methods here are called without it, from any thread.
+    the device's `lock` held. The methods here are called without it, from any thread. `listen` makes the sockets.
     """
 
     def __init__(
@@ -438,8 +400,10 @@ class FarEnds:
         lock: AbstractContextManager[object],
         plug: Callable[[int, Line | None], None],
         pump: Callable[[], None],
+        listen: Listen = listen_at,
     ) -> None:
         self._name = name
+        self._listen = listen
         self._lock = lock
         self._plug = plug
         self._pump = pump
@@ -462,7 +426,7 @@ class FarEnds:
     def set(self, port: int, spec: str) -> None:
         """Exchange a port's far end; the old one stays if the new one cannot be had.
 
-        ENAMETOOLONG, ENOENT, ENOTDIR, EACCES or EADDRINUSE for a socket path that cannot be used; ENODEV once closed.
+        What `listen` raises for a socket path that cannot be used (as `mdevkit.sockets.listen_at`); ENODEV once closed.
         """
         with self._changes:
             if self._closed:
@@ -481,7 +445,7 @@ class FarEnds:
     def _exchange(self, port: int, spec: str) -> None:
         with ExitStack() as always, ExitStack() as undo:
             always.callback(self._stop_idle_poller)
-            line = _open(spec)
+            line = _open(spec, self._listen)
             if line:
                 undo.callback(line.close)
                 poller = self._running_poller()
@@ -511,8 +475,8 @@ class FarEnds:
             self._poller = None
 
 
-def _open(spec: str) -> Line | None:
+def _open(spec: str, listen: Listen) -> Line | None:
     """Make the far end that `spec`, checked by the attribute's kind, names; None is loopback."""
     if spec == LOOPBACK:
         return None
-    return PtyLine() if spec == PTY else UnixLine(spec.removeprefix(UNIX))
+    return PtyLine() if spec == PTY else UnixLine(spec.removeprefix(UNIX), listen)

@@ -13,6 +13,7 @@ from mmap import mmap
 from typing import Any, ClassVar, Final, Literal
 
 from mdevkit.errors import MdevError
+from mdevkit.sockets import Listen, listen_at
 from mdevkit_vfio.migration import Migration
 from mdevkit_vfio.ops import DeviceInfo, IrqInfo, RegionInfo
 from mdevkit_vfio.pci import Bar, PciDevice, PciIds
@@ -104,6 +105,14 @@ class SerialDevice(PciDevice, ABC):
     def close(self) -> None:
         """Give everything back; the device is not used afterwards. Without the lock."""
 
+    def device_checkpoint(self) -> bytes:
+        """See `PciDevice.device_checkpoint`: the card's memory, byte counts and all."""
+        return bytes(self._card.memory)
+
+    def device_restore(self, state: bytes) -> None:
+        """See `PciDevice.device_restore`."""
+        self._card.restore(state)
+
     def _stop(self) -> None:
         """Migration wants the device to stand still."""
 
@@ -112,16 +121,21 @@ class SerialDevice(PciDevice, ABC):
 
 
 class MttyDevice(SerialDevice):
-    """A card that works: `ports` 16550As, whose interrupts share the pin. Their state is in `memory`, if that is given."""
+    """A card that works: `ports` 16550As, whose interrupts share the pin. Their state is in `memory`, if that is given.
+
+    `listen` makes the sockets of far ends, see `mdevkit.device.Mdev.listen`.
+    """
 
     compat = NONE
 
-    def __init__(self, ports: int, *, name: str = "mtty", memory: bytearray | mmap | None = None) -> None:
+    def __init__(
+        self, ports: int, *, name: str = "mtty", memory: bytearray | mmap | None = None, listen: Listen = listen_at
+    ) -> None:
         self.state: Final[CardState[PortState]] = CardState(OWN, ports, memory)
         super().__init__(self.state, name=name, widest=1)
         self._stopped = False
         self._uarts: Final = [Uart(*pair) for pair in zip(self.state.ports, self.state.counters, strict=True)]
-        self._far_ends: Final = FarEnds(ports, name, self.lock, self._plug, self._pump)
+        self._far_ends: Final = FarEnds(ports, name, self.lock, self._plug, self._pump, listen)
         self.device_reset()
 
     def bar_read(self, bar: int, offset: int, size: int) -> int:
@@ -158,6 +172,11 @@ class MttyDevice(SerialDevice):
     def close(self) -> None:
         """See `SerialDevice.close`."""
         self._far_ends.close()
+
+    def device_restore(self, state: bytes) -> None:
+        """See `PciDevice.device_restore`: what has come in at the far ends meanwhile is fetched."""
+        super().device_restore(state)
+        self._pump()
 
     def _drive_pin(self) -> None:
         """Follow the ports. Without a change there is nothing to tell the kit, which asks again after each interrupt."""

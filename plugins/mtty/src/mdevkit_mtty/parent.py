@@ -52,7 +52,7 @@ class MttyParent(ParentOps):
         vfio = VfioMdev.from_device(mdev)
         ports = mdev.type.costs[self.ports]
         with ExitStack() as undo:
-            device = _build(ports, params["compat"], f"mtty {mdev.uuid}")
+            device = _build(ports, params["compat"], mdev)
             undo.callback(device.close)
             for port in range(ports):
                 device.set_far_end(port, params[f"port{port}"])
@@ -67,8 +67,9 @@ class MttyParent(ParentOps):
         device.close()
 
 
-def _build(ports: int, compat: str, name: str) -> SerialDevice:
+def _build(ports: int, compat: str, mdev: Mdev) -> SerialDevice:
     # Imported here: whoever only lists types needs no device model.
     from mdevkit_mtty.model import MttyDevice, SampleDevice
 
-    return SampleDevice(ports, name=name) if compat == LINUX else MttyDevice(ports, name=name)
+    name = f"mtty {mdev.uuid}"
+    return SampleDevice(ports, name=name) if compat == LINUX else MttyDevice(ports, name=name, listen=mdev.listen)

@@ -150,6 +150,12 @@ class CardState(Generic[P]):
         self.check(stream)
         self.memory[: self._saved] = stream[: self._saved]
 
+    def restore(self, memory: bytes) -> None:
+        """Take over the memory of the same card in another process, counts included; EINVAL for another card's."""
+        if len(memory) != len(self.memory) or memory[:HEADER_SIZE] != bytes(self.header):
+            raise MdevError(errno.EINVAL, f"{len(memory)} bytes are not the memory of this card")
+        self.memory[:] = memory
+
     def check(self, stream: bytes) -> None:
         """Raise what `load` would raise."""
         if len(stream) != self.stream_size:

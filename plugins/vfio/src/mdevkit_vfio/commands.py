@@ -6,6 +6,7 @@ sees it, and is used on the connection's thread alone.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -36,23 +37,42 @@ class Answer(NamedTuple):
     fds: Sequence[int]
 
 
+#: A register read taken apart: region, offset, count, and what lies between id and data in the reply to it.
+KnownRead = tuple[int, int, int, bytes]
+#: How many register reads, and ends of interrupts, are remembered: against a client that never repeats itself.
+_KNOWN_READS: Final = 1024
+_KNOWN_IRQS: Final = 16
+#: Bytes of the message id, which comes first, and of what comes before the data of an access.
+_ID_SIZE: Final = 2
+_HEAD_SIZE: Final = proto.ACCESS.size
+
 Handler = Callable[[memoryview, list[int]], bytes | Answer]
 
 
 class Commands:
-    """The commands a client may send after VERSION; `limit` is the negotiated max_data_xfer_size in bytes."""
+    """The commands a client may send after VERSION.
 
-    def __init__(self, ops: VfioOps, turn: Turn, limit: int) -> None:
+    `limit` is the negotiated max_data_xfer_size in bytes, `max_fds` the number of descriptors the client takes with a message.
+    """
+
+    def __init__(self, ops: VfioOps, turn: Turn, limit: int, max_fds: int) -> None:
         self.grants: Final = Grants()
         self._ops: Final = ops
         self._turn: Final = turn
         self._limit: Final = limit
+        self._sends_files: Final = max_fds > 0
+        #: The longest access the device gets in one part.
+        self.most: Final = min(PART, limit)
         info = ops.info()
         regions = [ops.region_info(index) for index in range(info.num_regions)]
         #: Size in bytes of each region as far as it may be read and written; 0 where not. Fixed for one client.
         self.readable: Final = [region.size if region.flags & RegionFlag.READ else 0 for region in regions]
         self.writable: Final = [region.size if region.flags & RegionFlag.WRITE else 0 for region in regions]
+        #: UNMASK requests that are known to be good.
+        self._known_irqs: Final[dict[bytes, IrqRequest]] = {}
         self._irqs: Final = [ops.irq_info(index).count for index in range(info.num_irqs)]
+        #: Whole REGION_READ messages, without the id, that are known to be good.
+        self.reads: Final[dict[bytes, KnownRead]] = {}
         #: Command number to handler; None where there is no such command from a client.
         self.table: Final[list[Handler | None]] = self._table()
 
@@ -89,7 +109,9 @@ class Commands:
         del fds
         request = proto.parse_region_info_request(payload)
         self._check_region(Command.DEVICE_GET_REGION_INFO, request.index)
-        info = _checked(request.index, self._ops.region_info(request.index))
+        info = self._ops.region_info(request.index)
+        if info.mapping is not None and not (self._sends_files and _sealed(request.index, info.mapping)):
+            info = RegionInfo(info.flags & ~RegionFlag.MMAP, info.size, None, info.type)
         files = [info.mapping.fd] if info.mapping is not None else []
         return Answer(proto.pack_region_info(request.index, info, request.argsz), files)
 
@@ -125,14 +147,36 @@ class Commands:
             raise MdevError(errno.EIO, f"the device returned {returned} bytes for a read of {access.count}")
         return b"".join((access.pack(), *parts))
 
+    def learn_read(self, request: bytes) -> KnownRead | None:
+        """Take apart a message of the length of a REGION_READ, without its id, and remember it in `reads`.
+
+        None if it is no read, or one that is refused, or too long to be done in one part.
+        """
+        _, *head, _, offset, region, count = proto.READ.unpack(bytes(_ID_SIZE) + request)
+        if head != [Command.REGION_READ, proto.READ.size, proto.TYPE_COMMAND]:
+            return None
+        size = self.readable[region] if region < len(self.readable) else 0
+        if not 0 < count <= self.most or offset + count > size:
+            return None
+        reply = proto.reply_head(0, Command.REGION_READ, len(request) - proto.HEADER_SIZE + _ID_SIZE + count)
+        known = region, offset, count, reply[_ID_SIZE:] + request[proto.HEADER_SIZE - _ID_SIZE :]
+        if len(self.reads) >= _KNOWN_READS:
+            self.reads.clear()
+        self.reads[request] = known
+        return known
+
     def _region_write(self, payload: memoryview, fds: list[int]) -> bytes:
         del fds
-        access, data = proto.parse_region_data(Command.REGION_WRITE, payload)
-        self._check_access(Command.REGION_WRITE, self.writable, access.region, access.offset, access.count)
-        for at, size in self._parts(access.offset, access.count):
-            begin = at - access.offset
-            self._ops.write(access.region, at, bytes(data[begin : begin + size]))
-        return access.pack()
+        head = bytes(payload[:_HEAD_SIZE])
+        offset, region, count = proto.parse_region_write(payload)
+        self._check_access(Command.REGION_WRITE, self.writable, region, offset, count)
+        if count <= self.most:
+            self._ops.write(region, offset, bytes(payload[_HEAD_SIZE:]))
+            return head
+        begin = _HEAD_SIZE - offset
+        for at, size in self._parts(offset, count):
+            self._ops.write(region, at, bytes(payload[begin + at : begin + at + size]))
+        return head
 
     def _write_multi(self, payload: memoryview, fds: list[int]) -> bytes:
         """All writes are checked before the first is done; one the device refuses ends the message there."""
@@ -171,6 +215,10 @@ class Commands:
     # -- interrupts -------------------------------------------------------------------------------------------------
 
     def _set_irqs(self, payload: memoryview, fds: list[int]) -> bytes:
+        known = self._known_irqs.get(bytes(payload)) if not fds else None
+        if known is not None:
+            self._ops.set_irqs(known)
+            return b""
         request = proto.SetIrqs.parse(payload, len(fds), self._irqs)
         for fd in fds:
             check_eventfd(fd)
@@ -178,9 +226,13 @@ class Commands:
             self._arm(request, fds)
             return b""
         eventfds = (-1,) * request.count if request.flags & IrqSet.DATA_EVENTFD else ()
-        self._ops.set_irqs(_irq_request(request, eventfds))
+        wanted = _irq_request(request, eventfds)
+        self._ops.set_irqs(wanted)
         if eventfds or not request.count:
             self.grants.disarmed(request.flags, request.index, request.start, request.count)
+        elif request.flags == _UNMASK and len(self._known_irqs) < _KNOWN_IRQS:
+            # The end of every interrupt of a guest that uses INTx.
+            self._known_irqs[bytes(payload)] = wanted
         return b""
 
     def _arm(self, request: proto.SetIrqs, fds: list[int]) -> None:
@@ -264,6 +316,7 @@ _FEATURES: Final = {
     int(Feature.MIG_DATA_SIZE): (FEATURE_GET, proto.U64_SIZE),
 }
 
+_UNMASK: Final = int(IrqSet.DATA_NONE | IrqSet.ACTION_UNMASK)
 _TAKES_FDS: Final = (Command.DMA_MAP, Command.DEVICE_SET_IRQS)
 
 
@@ -298,16 +351,10 @@ def _without_fds(command: Command, handler: Handler) -> Handler:
     return handle
 
 
-def _checked(index: int, info: RegionInfo) -> RegionInfo:
-    """Offer no file the client could shrink under the device's own mapping; the region still works by message."""
-    if info.mapping is None or _sealed(info.mapping):
-        return info
+def _sealed(index: int, mapping: Mapping) -> bool:
+    """Return whether the client cannot shrink a file under the device's own mapping; if it could, it does not get it."""
+    with contextlib.suppress(OSError):
+        if fcntl.fcntl(mapping.fd, fcntl.F_GET_SEALS) & SEALS == SEALS:
+            return True
     log.error("region %d is not mappable: its file is not a memfd sealed against resizing", index)
-    return RegionInfo(info.flags & ~RegionFlag.MMAP, info.size, None, info.type)
-
-
-def _sealed(mapping: Mapping) -> bool:
-    try:
-        return fcntl.fcntl(mapping.fd, fcntl.F_GET_SEALS) & SEALS == SEALS
-    except OSError:
-        return False
+    return False

@@ -1,13 +1,14 @@
 """The driver ``vfio_mdev``: gives VFIO devices to hypervisors over vfio-user sockets.
 
 It binds every device of class VFIO on the ``mdev`` bus and serves it on a socket of its own: one client at a time, one thread per
-device. Hooks are called by core from any thread.
+device; by itself or through a front (`mdevkit_vfio.transport`). Hooks are called by core from any thread.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from mdevkit.paths import runtime_dir
 
 from mdevkit_vfio.bus import VfioBus, VfioMdev
 from mdevkit_vfio.server import Throttle, VfioUserServer
+from mdevkit_vfio.transport import VARIABLE, Fronts, ParkedServer, Transport, can_be_parked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 class VfioUserEndpoint:
     """A bound device's vfio-user socket."""
 
-    def __init__(self, server: VfioUserServer) -> None:
+    def __init__(self, server: Transport) -> None:
         self.server = server
 
     def describe(self) -> Mapping[str, str]:
@@ -56,15 +58,27 @@ class VfioMdevDriver(Driver):
 
     def __init__(self) -> None:
         self._throttle = Throttle()
+        front = os.environ.get(VARIABLE)
+        self._fronts = Fronts(Path(front)) if front else None
 
     @hookimpl
     def driver_probe(self, device: Device) -> VfioUserEndpoint:
-        """Serve the device: EADDRINUSE, ENAMETOOLONG, ENOENT or EACCES for a socket path that cannot be used."""
+        """Serve the device: EADDRINUSE, ENAMETOOLONG, ENOENT or EACCES for a socket path that cannot be used.
+
+        With a front also EIO, for a device whose process has died of its client's requests.
+        """
         mdev = VfioMdev.from_device(device)
         path = Path(mdev.endpoint_path or runtime_dir() / f"{mdev.name}.sock")
-        server = VfioUserServer(mdev.get_ops(), path, mdev.name, throttle=self._throttle)
+        server = self._transport(mdev, path)
         server.start()
         return VfioUserEndpoint(server)
+
+    def _transport(self, mdev: VfioMdev, path: Path) -> Transport:
+        """Choose how the device is served: through a front where there are fronts and the device can go on in another process."""
+        ops = mdev.get_ops()
+        if self._fronts is not None and can_be_parked(ops):
+            return ParkedServer(ops, path, mdev.name, fronts=self._fronts, listen=mdev.listen, throttle=self._throttle)
+        return VfioUserServer(ops, path, mdev.name, throttle=self._throttle)
 
     @hookimpl
     def driver_remove(self, device: Device) -> None:
@@ -77,7 +91,7 @@ class VfioMdevDriver(Driver):
         self._server(device).let_go(timeout, force)
 
     @staticmethod
-    def _server(device: Device) -> VfioUserServer:
+    def _server(device: Device) -> Transport:
         if not isinstance(device.endpoint, VfioUserEndpoint):
             raise MdevError(errno.ENODEV, f"{device} is not served", device)
         return device.endpoint.server

@@ -26,6 +26,8 @@ CAPACITY: Final = 1 << 16
 ANCILLARY: Final = socket.CMSG_SPACE(MAX_MSG_FDS * array.array("i").itemsize)
 RECEIVE_FLAGS: Final = int(socket.MSG_CMSG_CLOEXEC)
 
+_NO_FDS: Final[list[int]] = []
+
 #: What ``recvmsg`` returns as ancillary data.
 Ancillary = list[tuple[int, int, bytes]]
 
@@ -74,10 +76,8 @@ class Inbox:
         #: A message that does not fit the buffer, and how much of it is there.
         self._large: memoryview | None = None
         self._large_have = 0
-        #: Descriptors that came for the message that begins at `_fds_at`.
-        self._fds: list[int] = []
-        self._fds_at = 0
-        self._fds_complete = True
+        #: Descriptors by where their message begins in the buffer; None where there were too many and they are closed.
+        self._fds: dict[int, list[int] | None] = {}
 
     def empty(self) -> bool:
         """Return whether all that was received has been taken."""
@@ -99,8 +99,7 @@ class Inbox:
         """Count in `count` bytes that were received behind what is there, with what came along."""
         self._end += count
         if ancillary or flags & socket.MSG_CTRUNC:
-            self._fds_at = self._last_start()
-            self._keep(ancillary, flags)
+            self._keep(self._last_start(), ancillary, flags)
 
     def pop(self) -> Received | None:
         """Return the next message, or None until more is received. Raises `FramingError` for an impossible size."""
@@ -116,24 +115,27 @@ class Inbox:
             if size > CAPACITY:
                 self._begin_large(size)
             return None
-        fds, complete = self._take() if self._fds_at == self._start else ([], True)
+        fds = self._fds.pop(self._start, _NO_FDS) if self._fds else []
         payload = self.view[self._start + HEADER_SIZE : self._start + size]
         self._start += size
         if self._start == self._end:
             # The next receive, here or by a caller that sees `empty`, fills the buffer from its beginning.
             self._start = self._end = 0
-        return Received(ident, command, flags, error, payload, fds, complete)
+        return Received(ident, command, flags, error, payload, list(fds or ()), fds is not None)
 
     def close(self) -> None:
         """Close the descriptors nobody took."""
-        close_all(self._take()[0])
+        for fds in self._fds.values():
+            close_all(fds or ())
+        self._fds.clear()
 
     def _begin_large(self, size: int) -> None:
         """Give the message at `_start`, the last one there, a buffer that ends where it ends."""
+        self._compact()
         self._large = memoryview(bytearray(size))
-        self._large_have = self._end - self._start
-        self._large[: self._large_have] = self.view[self._start : self._end]
-        self._start = self._end = self._fds_at = 0
+        self._large_have = self._end
+        self._large[: self._end] = self.view[: self._end]
+        self._end = 0
 
     def _receive_large(self, large: memoryview) -> None:
         count, ancillary, flags, _ = self._sock.recvmsg_into([large[self._large_have :]], ANCILLARY, RECEIVE_FLAGS)
@@ -141,33 +143,28 @@ class Inbox:
             raise PeerGoneError
         self._large_have += count
         if ancillary or flags & socket.MSG_CTRUNC:
-            self._keep(ancillary, flags)
+            self._keep(0, ancillary, flags)
 
     def _pop_large(self, large: memoryview) -> Received | None:
         if self._large_have < len(large):
             return None
         self._large = None
         ident, command, _, flags, error = HEADER.unpack_from(large)
-        fds, complete = self._take()
-        return Received(ident, command, flags, error, large[HEADER_SIZE:], fds, complete)
+        fds = self._fds.pop(0, _NO_FDS)
+        return Received(ident, command, flags, error, large[HEADER_SIZE:], list(fds or ()), fds is not None)
 
-    def _take(self) -> tuple[list[int], bool]:
-        taken = self._fds, self._fds_complete
-        self._fds, self._fds_complete = [], True
-        return taken
-
-    def _keep(self, ancillary: Ancillary, flags: int) -> None:
-        """Add descriptors to the pending ones; if there are more than a message may carry, none is kept."""
+    def _keep(self, start: int, ancillary: Ancillary, flags: int) -> None:
+        """Add descriptors to those of the message at `start`; if it has more than it may, none is kept."""
+        fds = array.array("i")
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds = array.array("i")
                 fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-                self._fds.extend(fds)
-        if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_MSG_FDS:
-            self._fds_complete = False
-        if not self._fds_complete:
-            close_all(self._fds)
-            self._fds.clear()
+        before = self._fds.get(start, _NO_FDS)
+        if before is None or flags & socket.MSG_CTRUNC or len(before) + len(fds) > MAX_MSG_FDS:
+            close_all((*(before or ()), *fds))
+            self._fds[start] = None
+        else:
+            self._fds[start] = [*before, *fds]
 
     def _last_start(self) -> int:
         """Return where the last message begins, whole or not."""
@@ -183,5 +180,5 @@ class Inbox:
         """Move what is left to the front, so that every message that fits the buffer fits behind it."""
         left = self._end - self._start
         self.buffer[:left] = self.buffer[self._start : self._end]
-        self._fds_at -= self._start
+        self._fds = {at - self._start: fds for at, fds in self._fds.items()}
         self._start, self._end = 0, left

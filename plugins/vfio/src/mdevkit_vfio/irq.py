@@ -16,6 +16,7 @@ import errno
 import fcntl
 import os
 import select
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,15 +44,24 @@ _MASK: Final = int(IrqSet.ACTION_MASK)
 _TRIGGER: Final = int(IrqSet.ACTION_TRIGGER)
 
 
+#: Index and number of an interrupt.
+Slot = tuple[int, int]
+
+
 class Trigger:
     """An eventfd of the client's that an interrupt signals; owns the descriptor."""
 
-    __slots__ = ("_closed", "_fd", "_lock", "_poll", "_users", "blocking")
+    __slots__ = ("_closed", "_fd", "_lock", "_poll", "_sent", "_users", "blocking", "posted", "slot")
 
     #: The descriptor was in blocking mode when it came, so a write to it may block; see `mdevkit_vfio.pci.device`.
     blocking: bool
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, slot: Slot = (0, 0)) -> None:
+        #: Index and number of the interrupt.
+        self.slot = slot
+        #: How often it was posted to be signalled; under the lock of the device.
+        self.posted = 0
+        self._sent = 0
         self.blocking = not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK
         self._fd = fd
         self._lock = threading.Lock()
@@ -67,13 +77,19 @@ class Trigger:
         Does nothing once closed. Any thread, with no lock held: between the check and the write the client may fill the
         counter of a blocking eventfd, and then this call blocks until the client reads or `close` is called.
         """
-        if not self._enter():
-            return
-        try:
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_write(self._fd, 1)
-        finally:
-            self._leave()
+        posted = self.posted
+        if self._enter():
+            try:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_write(self._fd, 1)
+            finally:
+                self._leave()
+        self._sent = posted
+
+    @property
+    def owed(self) -> bool:
+        """Whether it was posted and the client may not have been signalled since."""
+        return self._sent != self.posted
 
     def close(self) -> None:
         """Give the descriptor back; a thread blocked in `signal` is freed.
@@ -165,6 +181,14 @@ class Intx:
         if self.trigger is not None and not self.disabled:
             self._post(self.trigger)
 
+    def save(self) -> int:
+        """Return the state as a byte."""
+        return self.level | self.masked << 1 | self.disabled << 2
+
+    def load(self, state: int) -> None:
+        """Take over a state; signals nothing."""
+        self.level, self.masked, self.disabled = bool(state & 1), bool(state & 2), bool(state & 4)
+
 
 class Vectors:
     """The messages of MSI or MSI-X: an eventfd, a mask bit and a pending bit for each."""
@@ -247,21 +271,52 @@ class Vectors:
         self.enabled = self.function_masked = False
         self.masked = self.pending = 0
 
+    @property
+    def size(self) -> int:
+        """Bytes of the state."""
+        return 1 + 2 * _bytes(self.count)
+
+    def save(self) -> bytes:
+        """Return the state, without eventfds."""
+        flags = self.active | self.enabled << 1 | self.function_masked << 2
+        size = _bytes(self.count)
+        return bytes((flags,)) + self.masked.to_bytes(size, "little") + self.pending.to_bytes(size, "little")
+
+    def load(self, state: bytes) -> None:
+        """Take over a state; signals nothing."""
+        middle = 1 + _bytes(self.count)
+        self.active, self.enabled, self.function_masked = (bool(state[0] & bit) for bit in (1, 2, 4))
+        self.masked = int.from_bytes(state[1:middle], "little")
+        self.pending = int.from_bytes(state[middle:], "little")
+
+
+#: Of a whole state: the pin's, the vector that stands in for it and the limit of MSI (each -1 or 0 for none), and how many
+#: signals are owed. The states of MSI and MSI-X follow, then a `_OWED` each.
+_STATE: Final = struct.Struct("<BhHH")
+_OWED: Final = struct.Struct("<HH")
+
 
 class Interrupts:
     """All interrupts of one PCI device. `post` gets each trigger to signal; see the module for the lock."""
 
     def __init__(self, post: Post, *, pins: int = 0, msi: int = 0, msix: int = 0) -> None:
-        self._post: Final = post
+        self._deliver: Final = post
         self._infos: Final = _infos(pins, msi, msix)
-        self.intx: Final = Intx(post)
-        self.msi: Final = Vectors(msi, post)
-        self.msix: Final = Vectors(msix, post)
+        self.intx: Final = Intx(self._post)
+        self.msi: Final = Vectors(msi, self._post)
+        self.msix: Final = Vectors(msix, self._post)
+        #: Triggers that were posted and perhaps not signalled yet, the others not having been looked at.
+        self._posted: Final[set[Trigger]] = set()
         self._single: Final[dict[int, Trigger | None]] = {Irq.ERR: None, Irq.REQ: None}
         # The vector that stands in for the pin while messages are active; None until `set_cause` is used.
         self._cause_vector: int | None = None
         # Vectors of the active MSI: they cannot be resized without disabling the index (NORESIZE).
         self._msi_limit = 0
+
+    def _post(self, trigger: Trigger) -> None:
+        trigger.posted += 1
+        self._posted.add(trigger)
+        self._deliver(trigger)
 
     # -- the client's side ------------------------------------------------------------------------------------------
 
@@ -291,7 +346,7 @@ class Interrupts:
         Owns ``request.fds``. EINVAL for a request that the index cannot take in its present state, ENOTTY for an action it
         never has; nothing has changed then.
         """
-        triggers = _adopt(request.fds)
+        triggers = _adopt(request.fds, request.index, request.start)
         try:
             flags = int(request.flags)
             self._check(request, flags, triggers)
@@ -455,7 +510,44 @@ class Interrupts:
         self.msi.disarm()
         self.msix.disarm()
         self._single.update({Irq.ERR: None, Irq.REQ: None})
+        self._posted.clear()
         return retired
+
+    # -- going on in another process --------------------------------------------------------------------------------
+
+    def save(self) -> bytes:
+        """Return the state without eventfds, and which of them are posted and perhaps not signalled yet."""
+        owed = [trigger for trigger in self._posted if trigger.owed]
+        if len(owed) < len(self._posted):
+            self._posted.clear()
+            self._posted.update(owed)
+        cause = -1 if self._cause_vector is None else self._cause_vector
+        head = _STATE.pack(self.intx.save(), cause, self._msi_limit, len(owed))
+        return head + self.msi.save() + self.msix.save() + b"".join([_OWED.pack(*trigger.slot) for trigger in owed])
+
+    def load(self, state: bytes) -> None:
+        """Take over a state once the eventfds are armed again, and signal what is owed: perhaps once more than needed."""
+        pin, cause, self._msi_limit, owed = _STATE.unpack_from(state)
+        self._cause_vector = None if cause < 0 else cause
+        msix = _STATE.size + self.msi.size
+        end = msix + self.msix.size
+        self.intx.load(pin)
+        self.msi.load(state[_STATE.size : msix])
+        self.msix.load(state[msix:end])
+        for index, number in _OWED.iter_unpack(state[end : end + owed * _OWED.size]):
+            trigger = self._armed(index, number)
+            if trigger is not None:
+                self._post(trigger)
+
+    def _armed(self, index: int, number: int) -> Trigger | None:
+        match index:
+            case Irq.INTX:
+                return self.intx.trigger
+            case Irq.MSI:
+                return self.msi.triggers[number]
+            case Irq.MSIX:
+                return self.msix.triggers[number]
+        return self._single[index]
 
     def _triggers(self) -> Iterator[Trigger]:
         held = [self.intx.trigger, *self.msi.triggers, *self.msix.triggers, *self._single.values()]
@@ -474,13 +566,18 @@ def _infos(pins: int, msi: int, msix: int) -> Sequence[IrqInfo]:
     )
 
 
-def _adopt(fds: Iterable[int]) -> list[Trigger | None]:
+def _bytes(bits: int) -> int:
+    return (bits + 7) // 8
+
+
+def _adopt(fds: Iterable[int], index: int, start: int) -> list[Trigger | None]:
     """Wrap descriptors that are now ours; -1 becomes None. On failure all are closed."""
     remaining = list(fds)
     triggers: list[Trigger | None] = []
     try:
         while remaining:
-            triggers.append(Trigger(remaining[0]) if remaining[0] >= 0 else None)
+            slot = (index, start + len(triggers))
+            triggers.append(Trigger(remaining[0], slot) if remaining[0] >= 0 else None)
             remaining.pop(0)
     except OSError:
         for trigger in triggers:

@@ -68,11 +68,10 @@ class Listener:
     def _replace(self) -> None:
         """Take a path whose socket nobody listens on any more; EADDRINUSE if somebody does, or if it is no socket."""
         with _locked(self.path.parent):
-            if _is_stale(self.path):
-                self.path.unlink(missing_ok=True)
-                if self._try_bind():
-                    return
-        raise MdevError(errno.EADDRINUSE, f"{self.path} is taken", self.path)
+            _check_stale(self.path)
+            self.path.unlink(missing_ok=True)
+            if not self._try_bind():
+                raise _taken(self.path, "another server listens there")
 
 
 def _check(path: Path) -> None:
@@ -116,21 +115,21 @@ def _try_lock(fd: int) -> bool:
     return True
 
 
-def _is_stale(path: Path) -> bool:
-    """Whether `path` is a socket nobody listens on, and goes on being that."""
+def _check_stale(path: Path) -> None:
+    """Refuse `path` unless it is a socket nobody listens on, and goes on being that, or nothing any more."""
     deadline = time.monotonic() + _GRACE
-    while True:
-        try:
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISSOCK(path.lstat().st_mode):
-                return False
-        except FileNotFoundError:
-            return True
-        if not _refused(path):
-            return False
-        if time.monotonic() > deadline:
-            return True
+                raise _taken(path, "something that is no socket is there")
+            if not _refused(path):
+                raise _taken(path, "another server listens there")
         # Somebody may have bound the path a moment ago and be about to listen.
         time.sleep(_GRACE / 5)
+
+
+def _taken(path: Path, why: str) -> MdevError:
+    return MdevError(errno.EADDRINUSE, f"{path} is taken: {why}", path)
 
 
 def _refused(path: Path) -> bool:

@@ -42,15 +42,24 @@ def _no_memory(error: OSError, name: str, size: int) -> MdevError:
 class SealedMemory:
     """One sealed memfd and our mapping of it; `fd` stays valid until `close`. Raises as `sealed_memfd`."""
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, size: int, fd: int = -1) -> None:
         self.size: Final = size
-        self.fd: Final = sealed_memfd(name, size)
+        self.fd: Final = sealed_memfd(name, size) if fd < 0 else fd
         try:
             self.map: Final = mmap.mmap(self.fd, size)
         except OSError as error:
             os.close(self.fd)
             raise _no_memory(error, name, size) from error
         self._closed = False
+
+    @classmethod
+    def over(cls, fd: int, size: int) -> SealedMemory:
+        """Take over a memfd that `sealed_memfd` made, in another process; EINVAL for another size. Closed if this raises."""
+        found = os.fstat(fd).st_size
+        if found != size:
+            os.close(fd)
+            raise MdevError(errno.EINVAL, f"a file of {found} bytes cannot be the memory of {size} bytes")
+        return cls("adopted", size, fd)
 
     def close(self) -> None:
         """Close the descriptor; the mapping itself lives until the last user drops it. Closing twice is harmless."""

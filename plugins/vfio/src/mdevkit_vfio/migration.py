@@ -8,6 +8,7 @@ by the driver from the thread of the client's connection.
 from __future__ import annotations
 
 import errno
+import struct
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final
@@ -17,6 +18,9 @@ from mdevkit.errors import MdevError, wrap
 from mdevkit_vfio.uapi import MigrationFlag, MigrationState
 
 Hook = Callable[[], None]
+
+#: Position in an outgoing stream, and its length.
+_POSITIONS: Final = struct.Struct("<QQ")
 
 _ERROR: Final = MigrationState.ERROR
 _STOP: Final = MigrationState.STOP
@@ -180,6 +184,40 @@ class Migration:
             if now not in _INITIATES:
                 self._notify("unquiesce")
 
+    # -- going on in another process --------------------------------------------------------------------------------
+
+    def save(self) -> bytes:
+        """Return the device's own state, as migration would."""
+        return self._save()
+
+    def load(self, state: bytes) -> None:
+        """Take over what `save` has returned; errors are the vendor's."""
+        self._load(state)
+
+    def checkpoint(self) -> bytes:
+        """Return the state reached and the streams under way; with the device's lock held."""
+        outgoing, incoming = self._outgoing, self._incoming
+        flags = (outgoing is not None) | (incoming is not None) << 1 | self._had_outgoing << 2 | self._had_incoming << 3
+        if outgoing is None and incoming is None:
+            return bytes((self._state, flags))
+        return bytes((self._state, flags)) + (outgoing.checkpoint() if outgoing else b"") + (incoming.received if incoming else b"")
+
+    def restore(self, state: bytes) -> None:
+        """Go on from a checkpoint of the same device's, whose own state has been restored before; with the lock held."""
+        self._state, flags = MigrationState(state[0]), state[1]
+        self._had_outgoing, self._had_incoming = bool(flags & 4), bool(flags & 8)
+        data = state[2:]
+        self._close_streams()
+        if flags & 1:
+            self._outgoing, data = _Outgoing.restored(data)
+        if flags & 2:
+            self._incoming = _Incoming(self._size(), len(self._header()), self._check_header)
+            self._incoming.write(data)
+        if self._state not in _RUNS:
+            self._notify("stop")
+        elif self._state not in _INITIATES:
+            self._notify("quiesce")
+
     # -- arcs -------------------------------------------------------------------------------------------------------
 
     def _step(self, step: MigrationState) -> None:
@@ -252,6 +290,19 @@ class _Outgoing:
             raise RuntimeError("the saved state does not begin with the header that was read before")
         self._position: int = before._position if before is not None else 0
 
+    def checkpoint(self) -> bytes:
+        """Return position and data."""
+        return _POSITIONS.pack(self._position, len(self._data)) + self._data
+
+    @classmethod
+    def restored(cls, state: bytes) -> tuple[_Outgoing, bytes]:
+        """Return the stream a checkpoint begins with, and what follows it."""
+        position, size = _POSITIONS.unpack_from(state)
+        end = _POSITIONS.size + size
+        stream = cls(state[_POSITIONS.size : end])
+        stream._position = position
+        return stream, state[end:]
+
     @property
     def left(self) -> int:
         """Bytes not read yet."""
@@ -274,6 +325,11 @@ class _Incoming:
         self._header_size = header_size
         self._check_header = check_header if header_size else None
         self._data = bytearray()
+
+    @property
+    def received(self) -> bytes:
+        """What has come so far."""
+        return bytes(self._data)
 
     def write(self, data: bytes) -> None:
         """Append; nothing is kept of a write that is refused."""

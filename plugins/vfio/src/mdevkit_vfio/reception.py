@@ -15,6 +15,7 @@ import os
 import select
 import socket
 import time
+from collections.abc import Container
 from typing import Final, NamedTuple
 
 from mdevkit.errors import MdevError
@@ -54,6 +55,11 @@ class Newcomer:
         self.hello: Hello | None = None
         self._data = bytearray()
         self._clean = True
+
+    @property
+    def message(self) -> bytes:
+        """The first message as far as it is there."""
+        return bytes(self._data)
 
     def receive(self) -> None:
         """Take what is there of the first message. Raises MdevError for one that is refused, and at the end."""
@@ -127,12 +133,29 @@ class Reception:
 
         `attached` is the connection whose end counts as something, or -1.
         """
-        events = dict(self._poll(attached).poll(self._milliseconds(timeout)))
+        events = dict(self._poll(attached).poll(self.milliseconds(timeout)))
         if self._wake in events:
             os.eventfd_read(self._wake)
-        for newcomer in [newcomer for newcomer in self._newcomers if newcomer.sock.fileno() in events]:
+        self.attend(events)
+
+    @property
+    def watched(self) -> list[int]:
+        """The descriptors on which input is to be waited for."""
+        fds = [newcomer.sock.fileno() for newcomer in self._newcomers if newcomer.hello is None]
+        if time.monotonic() >= self._accept_after:
+            fds.append(self._listener.fileno())
+        return fds
+
+    @property
+    def empty(self) -> bool:
+        """Whether nobody is being heard out."""
+        return not self._newcomers
+
+    def attend(self, ready: Container[int]) -> None:
+        """Deal with whoever comes and talks, as far as their descriptors are `ready`, and with whoever has not."""
+        for newcomer in [newcomer for newcomer in self._newcomers if newcomer.sock.fileno() in ready]:
             self._hear(newcomer)
-        if self._listener.fileno() in events:
+        if self._listener.fileno() in ready:
             self._accept()
         self._dismiss_the_late()
 
@@ -156,17 +179,13 @@ class Reception:
 
     def _poll(self, attached: int) -> select.poll:
         poll = select.poll()
-        poll.register(self._wake, select.POLLIN)
         if attached >= 0:
             poll.register(attached, select.POLLRDHUP)
-        if time.monotonic() >= self._accept_after:
-            poll.register(self._listener, select.POLLIN)
-        for newcomer in self._newcomers:
-            if newcomer.hello is None:
-                poll.register(newcomer.sock, select.POLLIN)
+        for fd in (self._wake, *self.watched):
+            poll.register(fd, select.POLLIN)
         return poll
 
-    def _milliseconds(self, timeout: float | None) -> int | None:
+    def milliseconds(self, timeout: float | None) -> int | None:
         """Return how long to poll: until `timeout`, the next deadline or the end of a pause."""
         now = time.monotonic()
         moments = [newcomer.deadline for newcomer in self._newcomers]

@@ -226,7 +226,7 @@ class VfioUserServer:
 
     def _begin(self, reception: Reception, newcomer: Newcomer) -> None:
         assert newcomer.hello is not None
-        self._session = session = Session(
+        session = Session(
             self.ops,
             reception.admit(newcomer),
             newcomer.hello,
@@ -235,7 +235,12 @@ class VfioUserServer:
             observer=self._observer,
             ended=self._notify,
         )
-        session.start()
+        try:
+            session.start()
+        except MdevError as error:
+            log.warning("%s", error)
+            return
+        self._session = session
 
     def _reap(self, session: Session) -> None:
         session.join()

@@ -27,7 +27,7 @@ from typing import Final
 from mdevkit.errors import MdevError, wrap
 
 from mdevkit_vfio import proto
-from mdevkit_vfio.commands import PART, Answer, Commands
+from mdevkit_vfio.commands import Answer, Commands
 from mdevkit_vfio.descriptors import close_all
 from mdevkit_vfio.framing import ANCILLARY, RECEIVE_FLAGS, FramingError, Inbox, Received
 from mdevkit_vfio.link import NO_SIGNAL, Link
@@ -88,9 +88,10 @@ class Session:
         throttle: Throttle,
         observer: Observer | None,
         ended: Callable[[], None],
+        client: Client | None = None,
     ) -> None:
-        #: Who the client is.
-        self.client: Final = peer(sock)
+        #: Who the client is; by default who is at the other end of the socket.
+        self.client: Final = client or peer(sock)
         #: Set once the device is released and free for the next client.
         self.done: Final = threading.Event()
         #: May be replaced at any time.
@@ -111,8 +112,12 @@ class Session:
     # -- for the server's thread ------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to serve."""
-        self._thread.start()
+        """Begin to serve. EAGAIN if the system has no thread left; then the connection is closed."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._end()
+            raise MdevError(errno.EAGAIN, f"{self._name} cannot serve {self.client}: {error}") from error
 
     def fileno(self) -> int:
         """Return the connection's descriptor, -1 once closed."""
@@ -156,12 +161,15 @@ class Session:
         except Exception:
             log.exception("%s: serving %s failed", self._name, self.client)
         finally:
-            self._throttle.leave(self._turn)
-            self._inbox.close()
-            with self._close_lock:
-                self._sock.close()
-            self.done.set()
+            self._end()
             self._ended()
+
+    def _end(self) -> None:
+        self._throttle.leave(self._turn)
+        self._inbox.close()
+        with self._close_lock:
+            self._sock.close()
+        self.done.set()
 
     def _attach(self) -> None:
         link = Link(self._sock, self._limit)
@@ -186,15 +194,23 @@ class Session:
     def _serve(self, link: Link) -> None:
         try:
             with self._device("describe itself"):
-                commands = Commands(self._ops, self._turn, self._limit)
+                commands = self._describe()
         except MdevError as error:
             self._refuse_hello(link, error)
             return
-        self._commands = commands
+        link.send(self._welcome())
+        self._loop(link, commands)
+
+    def _describe(self) -> Commands:
+        """Ask the device what it is."""
+        self._commands = Commands(self._ops, self._turn, self._limit, self._hello.version.capabilities.max_msg_fds)
+        return self._commands
+
+    def _welcome(self) -> bytes:
+        """Return the reply to the client's VERSION."""
         asked = self._hello.version
         answer = proto.Version(proto.MAJOR, min(asked.minor, proto.MINOR), OURS)
-        link.send(proto.reply(self._hello.id, Command.VERSION, answer.pack(asked.capabilities.named)))
-        self._loop(link, commands)
+        return proto.reply(self._hello.id, Command.VERSION, answer.pack(asked.capabilities.named))
 
     def _refuse_hello(self, link: Link, error: MdevError) -> None:
         log.warning("%s: the device refuses %s: %s", self._name, self.client, error)
@@ -204,41 +220,70 @@ class Session:
         """Serve until the client goes.
 
         A lone register read is handled right here, without a call or a lock that is not needed: how long it takes is what
-        a guest notices. Everything else, and a read that is not plainly right, goes through `_work_off`.
+        a guest notices. A guest reads few registers and reads them often, so a request is taken apart and checked once and
+        from then on known by its bytes. Everything else goes through `_work_off`.
         """
-        turn, throttle, inbox, buffer = self._turn, self._throttle, self._inbox, self._inbox.buffer
+        turn, throttle, inbox = self._turn, self._throttle, self._inbox
         receive, window, send = self._sock.recvmsg_into, [inbox.view], self._sock.sendall
-        read, sizes, regions = self._ops.read, commands.readable, len(commands.readable)
-        most = min(PART, self._limit)
+        ident, request = inbox.view[:2], inbox.view[2:_READ_SIZE]
+        reads, read, join = commands.reads, self._ops.read, b"".join
         while True:
-            turn.idle = True
             received, ancillary, flags, _ = receive(window, ANCILLARY, RECEIVE_FLAGS)
-            turn.idle = False
-            if received == _READ_SIZE and flags == RECEIVE_FLAGS and not ancillary and self.observer is None:
-                ident, head, offset, region, count = _unpack_read(buffer)
-                if head == _READ_HEAD and count <= most and region < regions and offset + count <= sizes[region]:
-                    throttle.last = turn
+            if received == _READ_SIZE and not ancillary and self.observer is None:
+                known = reads.get(bytes(request)) or commands.learn_read(bytes(request))
+                if known is not None:
+                    region, offset, count, head = known
                     try:
                         data = read(region, offset, count)
-                        reply = _pack_reply(ident, _READ, _READ_SIZE + count, _REPLY, 0, offset, region, count) + data
-                        if len(data) != count:
-                            reply = self._short_read(ident, proto.Access(offset, region, count), len(data))
+                        if len(data) == count:
+                            reply = join((ident, head, data))
+                        else:
+                            reply = self._short_read(offset, region, count, len(data))
                     except OSError as error:
-                        reply = self._failed_read(ident, proto.Access(offset, region, count), error)
+                        reply = self._failed_known(offset, region, count, error)
                     except Exception as error:
                         log.exception("%s: the device failed to read region %d at %#x", self._name, region, offset)
-                        reply = self._failed_read(ident, proto.Access(offset, region, count), wrap(error, "REGION_READ"))
+                        reply = self._failed_known(offset, region, count, wrap(error, "REGION_READ"))
                     send(reply, NO_SIGNAL)
+                    throttle.last = turn
                     continue
+            elif received > _READ_SIZE and not ancillary and self.observer is None and self._lone_write(received, commands):
+                throttle.last = turn
+                continue
             if not received:
                 return
+            turn.idle = False
             inbox.added(received, ancillary, flags)
             self._work_off(link, commands)
+            turn.idle = True
 
-    def _short_read(self, ident: int, access: proto.Access, size: int) -> bytes:
-        error = MdevError(errno.EIO, f"the device returned {size} bytes for a read of {access.count}")
+    def _lone_write(self, received: int, commands: Commands) -> bool:
+        """Do the register write that is all there is in the buffer; False if it is anything else, or not plainly right."""
+        ident, command, size, flags, _, offset, region, count = _unpack_access(self._inbox.buffer)
+        if command != Command.REGION_WRITE or flags or size != received or count != received - _READ_SIZE:
+            return False
+        if count > commands.most or region >= len(commands.writable) or offset + count > commands.writable[region]:
+            return False
+        try:
+            self._ops.write(region, offset, bytes(self._inbox.view[_READ_SIZE:received]))
+            reply = _pack_access(ident, command, _READ_SIZE, proto.TYPE_REPLY, 0, offset, region, count)
+        except OSError as error:
+            reply = proto.error_reply(ident, command, _number(error))
+        except Exception as error:
+            log.exception("%s: the device failed to write region %d at %#x", self._name, region, offset)
+            reply = proto.error_reply(ident, command, _number(wrap(error, "REGION_WRITE")))
+        self._sock.sendall(reply, NO_SIGNAL)
+        return True
+
+    def _short_read(self, offset: int, region: int, count: int, size: int) -> bytes:
+        error = MdevError(errno.EIO, f"the device returned {size} bytes for a read of {count}")
         log.error("%s: %s", self._name, error)
-        return self._failed_read(ident, access, error)
+        return self._failed_known(offset, region, count, error)
+
+    def _failed_known(self, offset: int, region: int, count: int, error: OSError) -> bytes:
+        """Return the reply to the read in the buffer, which has failed."""
+        ident, *_ = proto.HEADER.unpack_from(self._inbox.buffer)
+        return self._failed_read(ident, proto.Access(offset, region, count), error)
 
     def _failed_read(self, ident: int, access: proto.Access, error: OSError) -> bytes:
         """Return the reply to a read that failed: an error, or all ones to a client that cannot take one."""
@@ -267,21 +312,22 @@ class Session:
                 self._throttle.last = turn
 
     def _handle(self, message: Received, link: Link, commands: Commands) -> None:
-        began = time.monotonic()
+        began = time.monotonic() if self.observer is not None else 0.0
         given = len(message.fds)
         answer: bytes | Answer = b""
         failure: MdevError | None = None
         try:
             if message.flags & proto.TYPE_MASK == proto.TYPE_REPLY and link.deliver(message):
                 return
-            answer = _execute(message, commands)
+            answer = execute(message, commands)
         except OSError as error:
             failure = wrap(error, proto.command_name(message.command))
         except Exception as error:
             log.exception("%s: the device failed at %s", self._name, proto.command_name(message.command))
             failure = wrap(error, proto.command_name(message.command))
         finally:
-            close_all(message.fds)
+            if message.fds:
+                close_all(message.fds)
         payload, fds = answer if isinstance(answer, Answer) else (answer, ())
         if message.flags & proto.NO_REPLY:
             pass
@@ -329,16 +375,14 @@ class Session:
             raise wrap(error, f"the device failed to {doing}") from error
 
 
-#: A whole REGION_READ: id; command, size and flags, which are the same in every good one; offset, region, count.
+#: Bytes of a whole REGION_READ.
 _READ_SIZE: Final = proto.READ.size
-_READ: Final = int(Command.REGION_READ)
-_REPLY: Final = proto.TYPE_REPLY
-_READ_HEAD: Final = struct.pack("=HII", Command.REGION_READ, _READ_SIZE, proto.TYPE_COMMAND)
-_unpack_read: Final = struct.Struct("=H10s4xQII").unpack_from
-_pack_reply: Final = proto.READ.pack
+_unpack_access: Final = proto.READ.unpack_from
+_pack_access: Final = proto.READ.pack
 
 
-def _execute(message: Received, commands: Commands) -> bytes | Answer:
+def execute(message: Received, commands: Commands) -> bytes | Answer:
+    """Carry out a command; MdevError EINVAL for what is none, else what the device raises. Who owns descriptors: see `Commands`."""
     if message.flags & ~proto.NO_REPLY:
         raise MdevError(errno.EINVAL, f"flags {message.flags:#x} are not those of a command")
     if not message.complete:

@@ -124,6 +124,14 @@ class PciConfig:
         """Every register back to its value after power-on."""
         self._data[:] = self._power_on
 
+    def save(self) -> bytes:
+        """Return every register."""
+        return bytes(self._data)
+
+    def load(self, state: bytes) -> None:
+        """Take over what `save` of a space with the same layout returned."""
+        self._data[:] = state
+
     # -- the guest's accesses ---------------------------------------------------------------------------------------
 
     def read(self, offset: int, count: int) -> bytes:

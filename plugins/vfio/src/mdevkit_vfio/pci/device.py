@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import mmap
+import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NoReturn
@@ -42,6 +43,10 @@ from mdevkit_vfio.uapi import PCI_NUM_IRQS, PCI_NUM_REGIONS, Device, Region, Reg
 
 #: How long `release` waits for a deferred job to end, in seconds.
 WORKER_SECONDS: Final = 1.0
+
+#: Lengths of the parts of a checkpoint: configuration space, interrupts, MSI-X table, migration; the vendor's part follows.
+_PARTS: Final = struct.Struct("<IIII")
+_FILE: Final = "bar"
 
 #: Sizes that reach the vendor at once in a region that is no BAR: none.
 _SPLIT: Final[Mapping[int, int]] = {}
@@ -159,6 +164,21 @@ class PciDevice:
         """Write a device-specific region, as `region_read`."""
         del offset, data
         _no_region(region)
+
+    def device_checkpoint(self) -> bytes | None:
+        """Return the vendor's part of the state, all that a guest could tell but configuration space, interrupts and the
+        memory of mapped BARs; None if the device cannot go on in another process. Called after every access, so it has to be
+        quick. By default what migration saves.
+        """
+        return self.migration.save() if isinstance(self.migration, Migration) else None
+
+    def device_restore(self, state: bytes) -> None:
+        """Take over what `device_checkpoint` has returned in a process that is gone, and start again what was under way.
+
+        Accesses happen once; what they did to the world outside, and deferred jobs, may have happened or not.
+        """
+        if isinstance(self.migration, Migration):
+            self.migration.load(state)
 
     # -- what a vendor calls: any thread ----------------------------------------------------------------------------
 
@@ -381,6 +401,65 @@ class PciDevice:
         del count
         with self.lock:
             return self.interrupts.request()
+
+    # -- Parkable: called by the driver -----------------------------------------------------------------------------
+
+    @property
+    def parkable(self) -> bool:
+        """See `Parkable.parkable`."""
+        with self.lock:
+            return self.device_checkpoint() is not None
+
+    def park(self, store: Callable[[bytes], None] | None) -> None:
+        """See `Parkable.park`. A checkpoint that fails is logged; what the guest does goes on."""
+        with self.lock:
+            self.lock.leaving = None if store is None else self._keeper(store)
+
+    def _keeper(self, store: Callable[[bytes], None]) -> Callable[[], None]:
+        def keep() -> None:
+            try:
+                store(self.checkpoint())
+            except Exception:
+                logger.exception("%s: its state cannot be kept; it will not survive its process", self.name)
+
+        return keep
+
+    def checkpoint(self) -> bytes:
+        """See `Parkable.checkpoint`."""
+        config, interrupts = self.config.save(), self.interrupts.save()
+        table = b"" if self._table is None else self._table.save()
+        migration = self.migration.checkpoint() if isinstance(self.migration, Migration) else b""
+        head = _PARTS.pack(len(config), len(interrupts), len(table), len(migration))
+        return b"".join((head, config, interrupts, table, migration, self.device_checkpoint() or b""))
+
+    def restore(self, state: bytes) -> None:
+        """See `Parkable.restore`."""
+        parts = []
+        at = _PARTS.size
+        for size in _PARTS.unpack_from(state):
+            parts.append(state[at : at + size])
+            at += size
+        config, interrupts, table, migration = parts
+        with self.lock:
+            self.config.load(config)
+            if self._table is not None:
+                self._table.load(table)
+            self.interrupts.load(interrupts)
+            self.device_restore(state[at:])
+            if isinstance(self.migration, Migration):
+                self.migration.restore(migration)
+
+    def files(self) -> dict[str, int]:
+        """See `Parkable.files`: the memory of mapped BARs."""
+        with self.lock:
+            return {f"{_FILE}{index}": space.memory.fd for index, space in self._spaces.items() if space.bar.mapped}
+
+    def adopt(self, files: Mapping[str, int]) -> None:
+        """See `Parkable.adopt`."""
+        with self.lock:
+            for name, fd in files.items():
+                self._spaces[int(name.removeprefix(_FILE))].adopt(fd)
+            self._needs_reset = False
 
     # -- delivery ---------------------------------------------------------------------------------------------------
 

@@ -136,6 +136,14 @@ class MsixTable:
         entry = bytes(_VECTOR_CONTROL) + b"\1\0\0\0"
         self._entries[:] = entry * (len(self._entries) // ENTRY_SIZE)
 
+    def save(self) -> bytes:
+        """Return the entries."""
+        return bytes(self._entries)
+
+    def load(self, state: bytes) -> None:
+        """Take over entries; the vectors' mask bits are theirs to load."""
+        self._entries[:] = state
+
     def read(self, offset: int, count: int) -> bytes:
         """Read `count` bytes at `offset` of the BAR."""
         return bytes(self._entries[offset - self.start : offset - self.start + count])

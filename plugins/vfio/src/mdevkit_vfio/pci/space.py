@@ -63,6 +63,12 @@ class BarSpace:
             self._memory = SealedMemory(f"mdevkit-bar{self.index}", self.bar.size)
         return self._memory
 
+    def adopt(self, fd: int) -> None:
+        """Use this file, which becomes ours, as the memory. EINVAL for one of the wrong size; then it is closed."""
+        memory = SealedMemory.over(fd, self.bar.size)
+        self.drop_memory()
+        self._memory = memory
+
     def drop_memory(self) -> None:
         """Let go of the memory; the next client gets a new file, since the last one may still have this one mapped."""
         if self._memory is not None:

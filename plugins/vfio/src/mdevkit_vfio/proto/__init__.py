@@ -10,6 +10,7 @@ that names the field at fault; the wire carries the errno alone.
 """
 
 from mdevkit_vfio.proto.access import (
+    ACCESS,
     READ,
     Access,
     Write,
@@ -17,6 +18,7 @@ from mdevkit_vfio.proto.access import (
     pack_write_multi_reply,
     parse_region_data,
     parse_region_read,
+    parse_region_write,
     parse_write_multi,
     parse_write_multi_reply,
 )
@@ -93,6 +95,7 @@ from mdevkit_vfio.proto.migration import (
 from mdevkit_vfio.proto.version import Capabilities, Version
 
 __all__ = [
+    "ACCESS",
     "DMA_BY_FILE_IO",
     "DMA_BY_MMAP",
     "DMA_READABLE",
@@ -161,6 +164,7 @@ __all__ = [
     "parse_region_info",
     "parse_region_info_request",
     "parse_region_read",
+    "parse_region_write",
     "parse_u64",
     "parse_write_multi",
     "parse_write_multi_reply",

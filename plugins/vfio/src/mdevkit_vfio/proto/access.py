@@ -9,7 +9,8 @@ from typing import Final, NamedTuple
 
 from mdevkit_vfio.proto.header import Buffer, Command, at_least, fixed, invalid
 
-_ACCESS = struct.Struct("=QII")
+#: What an access begins with: offset, region, count.
+ACCESS: Final = struct.Struct("=QII")
 _MULTI = struct.Struct("=QII8s")
 _COUNT = struct.Struct("=Q")
 
@@ -27,13 +28,26 @@ class Access:
 
     def pack(self) -> bytes:
         """Return the 16 bytes."""
-        return _ACCESS.pack(self.offset, self.region, self.count)
+        return ACCESS.pack(self.offset, self.region, self.count)
 
 
 def parse_region_read(payload: Buffer) -> Access:
     """Read the payload of REGION_READ."""
-    fixed(Command.REGION_READ, payload, _ACCESS.size)
-    return Access(*_ACCESS.unpack(payload))
+    fixed(Command.REGION_READ, payload, ACCESS.size)
+    return Access(*ACCESS.unpack(payload))
+
+
+def parse_region_write(payload: Buffer) -> tuple[int, int, int]:
+    """Return offset, region and count of a REGION_WRITE; `count` bytes of data follow from byte 16 on.
+
+    A tuple, since this is called for every write of a guest.
+    """
+    if len(payload) < ACCESS.size:
+        at_least(Command.REGION_WRITE, payload, ACCESS.size)
+    offset, region, count = ACCESS.unpack_from(payload)
+    if len(payload) - ACCESS.size != count:
+        raise invalid(Command.REGION_WRITE, f"{len(payload) - ACCESS.size} bytes of data for a count of {count}")
+    return offset, region, count
 
 
 def parse_region_data(command: Command, payload: Buffer) -> tuple[Access, memoryview]:
@@ -41,9 +55,9 @@ def parse_region_data(command: Command, payload: Buffer) -> tuple[Access, memory
 
     The data is a view of `payload`, not a copy: a megabyte would stop other threads for a while.
     """
-    at_least(command, payload, _ACCESS.size)
-    access = Access(*_ACCESS.unpack_from(payload))
-    data = memoryview(payload)[_ACCESS.size :]
+    at_least(command, payload, ACCESS.size)
+    access = Access(*ACCESS.unpack_from(payload))
+    data = memoryview(payload)[ACCESS.size :]
     if len(data) != access.count:
         raise invalid(command, f"{len(data)} bytes of data for a count of {access.count}")
     return access, data

@@ -1,0 +1,135 @@
+"""Where the service keeps things, and what it lets its processes see. Read once, when the service starts."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+from mdevkit.errors import MdevError
+from mdevkit.sockets import MAX_PATH
+
+from mdevkit_service.opener import ids
+
+#: Bytes that come after the runtime folder in the longest path of a socket: ``/devices/<uuid>.sock``.
+_LONGEST: Final = len("/devices/") + 36 + len(".sock")
+#: The longest host key that is a file name as it is; a longer one is abbreviated by a hash.
+_KEY_MAX: Final = 32
+
+#: What a host sees of the environment of whoever started the service.
+_KEPT: Final = frozenset(
+    {
+        "HOME", "LANG", "LANGUAGE", "LOGNAME", "PATH", "TMPDIR", "TZ", "USER", "VIRTUAL_ENV", "XDG_CACHE_HOME", "XDG_CONFIG_HOME",
+        "XDG_DATA_HOME", "XDG_RUNTIME_DIR", "XDG_STATE_HOME",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one service runs."""
+
+    #: Path of the control socket; its folder is the runtime folder.
+    socket: Path
+    #: Root of the definitions.
+    definitions: Path
+    #: Name of the group whose members may use the service, for one that runs as root.
+    group: str | None = None
+    #: Whom hosts run as, for a service that runs as root.
+    host_user: str | None = None
+    #: Owner and group of endpoint sockets ("qemu:kvm"), and their mode.
+    endpoint_owner: str | None = None
+    endpoint_mode: int = 0o600
+
+    @property
+    def runtime(self) -> Path:
+        """The folder of sockets, locks and records."""
+        return self.socket.parent
+
+    @property
+    def hosts(self) -> Path:
+        """Sockets, locks and logs of hosts."""
+        return self.runtime / "hosts"
+
+    @property
+    def devices(self) -> Path:
+        """Records and endpoint sockets of devices."""
+        return self.runtime / "devices"
+
+    @property
+    def brokered(self) -> bool:
+        """Whether hosts get listening sockets from the service, as they may not or shall not make them."""
+        return os.getuid() == 0 and bool(self.group or self.host_user or self.endpoint_owner)
+
+    @property
+    def host_ids(self) -> dict[str, Any]:
+        """The ids hosts run with, empty for our own; EINVAL for a user there is not."""
+        if self.host_user is None:
+            return {}
+        uid, gid = ids(self.host_user)
+        return {"uid": uid, "gid": gid, "groups": []}
+
+    def host_file(self, key: str, suffix: str) -> Path:
+        """Return a file of the host with that key."""
+        return self.hosts / (file_name(key) + suffix)
+
+    def make_folders(self) -> None:
+        """Make the runtime folder and what is in it: EPERM when others could write there, ENAMETOOLONG for too long a path."""
+        if len(os.fsencode(self.runtime)) + _LONGEST > MAX_PATH:
+            limit = MAX_PATH - _LONGEST
+            raise MdevError(errno.ENAMETOOLONG, f"{self.runtime} is too long for the sockets in it: {limit} bytes at most")
+        mode = 0o711 if self.brokered else 0o700
+        _make(self.runtime, mode)
+        _make(self.devices, mode)
+        _make(self.hosts, 0o700, self.host_ids)
+
+
+def _make(folder: Path, mode: int, owner: Mapping[str, Any] | None = None) -> None:
+    """Make a folder of ours or of `owner`, or see that it is one and that nobody else can write there."""
+    uid, gid = (owner["uid"], owner["gid"]) if owner else (os.getuid(), os.getgid())
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid not in {uid, os.getuid()} or status.st_mode & 0o022:
+            raise MdevError(errno.EPERM, f"{folder} is not a folder of this user that nobody else can write", folder)
+        if owner and status.st_uid != uid:
+            os.chown(folder, uid, gid)
+        if mode & ~status.st_mode:
+            folder.chmod(mode)
+    except MdevError:
+        raise
+    except OSError as error:
+        raise MdevError(error.errno or errno.EIO, f"{folder} cannot be made: {error.strerror}", folder) from error
+
+
+def file_name(key: str) -> str:
+    """Return a file name for a host key, the key itself where that will do."""
+    name = quote(key, safe=":@+,=")
+    if name.startswith(".") or len(name) > _KEY_MAX:
+        name = hashlib.sha256(key.encode()).hexdigest()[:_KEY_MAX]
+    return name
+
+
+def default_definitions(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the root of the definitions: $MDEVKIT_DEFINITIONS, else in $XDG_STATE_HOME; root's is mdevctl's own."""
+    named = environment.get("MDEVKIT_DEFINITIONS")
+    if named:
+        return Path(named)
+    state = environment.get("XDG_STATE_HOME")
+    if not state and os.getuid() == 0:
+        return Path("/etc/mdevctl.d")
+    return (Path(state) if state else Path.home() / ".local/state") / "mdevkit" / "mdevctl.d"
+
+
+def host_environment(system: bool, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return what hosts see of the environment. A user's own service passes PYTHONPATH on: his plugins may be there."""
+    own = set() if system else {"PYTHONPATH"}
+    return {
+        name: value for name, value in environment.items() if name in _KEPT or name in own or name.startswith(("MDEVKIT_", "LC_"))
+    }

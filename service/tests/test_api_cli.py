@@ -1,0 +1,242 @@
+"""Commands against a service, as a user meets them: real processes, output, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.services import alive, wait_until
+
+UUID = "83c32df7-d52e-4ec1-9668-1f3c7e4df107"
+OTHER = "83c4c5a1-2bd4-4f83-8c9e-0a55d0d1b0aa"
+
+
+@pytest.fixture
+def mdevkit(service):
+    """Runs a command; the service it starts is stopped at the end."""
+    yield service.mdevkit
+    done = service.mdevkit("service", "stop", "--remove", "--force")
+    assert done.returncode == 0, done.stderr
+
+
+def fails(done, code, *words):
+    assert done.returncode == code, done
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_create_starts_everything_and_prints_the_uuid_alone(mdevkit):
+    done = mdevkit("create", "demo-small", "--uuid", UUID.upper())
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{UUID}\n", "")
+    made_up = mdevkit("create", "demo-many").stdout
+    assert len(made_up) == 37
+    assert sorted(mdevkit("list").stdout.splitlines()) == sorted(
+        [f"{UUID} demo0 demo-small manual", f"{made_up.strip()} demo0 demo-many manual"]
+    )
+
+
+def test_create_with_everything(mdevkit, tmp_path):
+    path = str(tmp_path / "a.sock")
+    words = ["--parent", "twin1", "--set", "speed=7", "--set", "note=a=b", "--socket", path, "--owner", "me", "--json"]
+    device = json.loads(mdevkit("create", "demo-big", "-u", UUID, *words).stdout)
+    assert (device["parent"], device["endpoint"]["socket"], device["owner"]) == ("twin1", path, "me")
+    shown = mdevkit("show", UUID[:3]).stdout
+    for line in ("state           bound", "owner           me", "attribute       speed = 7", "attribute       note = a=b"):
+        assert line in shown.splitlines()
+    assert json.loads(mdevkit("show", UUID, "--json").stdout)["attributes"]["note"] == "a=b"
+    assert mdevkit("attach", UUID[:8]).stdout == f"-demo {path}\n"
+    assert json.loads(mdevkit("attach", UUID[:8], "--json").stdout)["socket"] == path
+    fails(mdevkit("attach", UUID, "--dpdk"), 1, "dpdk cannot use device", "EOPNOTSUPP")
+
+
+def test_dry_run(mdevkit):
+    assert mdevkit("create", "demo-big", "--dry-run").stdout == "demo-big can be created on demo0\n"
+    assert mdevkit("list").stdout == ""
+
+
+def test_list_in_all_its_shapes(mdevkit):
+    mdevkit("create", "demo-small", "-u", UUID, "-p", "twin0")
+    mdevkit("create", "demo-many", "-u", OTHER, "-p", "demo1", "--no-bind")
+    assert mdevkit("list").stdout == f"{OTHER} demo1 demo-many manual\n{UUID} twin0 demo-small manual\n"
+    assert mdevkit("list", "--parent=twin0").stdout == f"{UUID} twin0 demo-small manual\n"
+    assert mdevkit("list", "-u", OTHER).stdout == f"{OTHER} demo1 demo-many manual\n"
+    assert json.loads(mdevkit("list", "--dumpjson", "-u", UUID).stdout) == [
+        {"twin0": [{UUID: {"mdev_type": "demo-small", "start": "manual", "attrs": []}}]}
+    ]
+    assert [device["state"] for device in json.loads(mdevkit("list", "--json").stdout)] == ["unbound", "bound"]
+    tree = mdevkit("list", "--tree").stdout.splitlines()
+    where = tree.index("twin0")
+    assert tree[where + 1 : where + 4] == ["  demo-small (7 available)", f"    {UUID} bound demo_drv", "  demo-big (1 available)"]
+    assert "  Driver: demo_drv" in mdevkit("list", "-v").stdout.splitlines()
+
+
+def test_types_ask_the_service(mdevkit):
+    mdevkit("create", "demo-big", "-p", "demo1")
+    lines = mdevkit("types", "-p", "demo1").stdout.splitlines()
+    assert lines[:5] == [
+        "demo1",
+        "  demo-small",
+        "    Available instances: 4",
+        "    Device API: demo",
+        "    Name: Small demo device",
+    ]
+    assert "    Description: Small demo device, for tests" in lines
+    (parent,) = json.loads(mdevkit("types", "--parent", "demo1", "--json").stdout)
+    assert parent["demo1"][1]["demo-big"]["available_instances"] == 1
+    fails(mdevkit("types", "-p", "nobody"), 1, "there is no parent 'nobody'")
+
+
+def test_bind_and_unbind(mdevkit):
+    mdevkit("create", "demo-small", "-u", UUID)
+    assert mdevkit("unbind", UUID[:4]).returncode == 0
+    fails(mdevkit("unbind", UUID), 1, "is bound to no driver", "ENODEV")
+    assert mdevkit("bind", UUID, "demo_drv").returncode == 0
+    assert mdevkit("show", UUID).stdout.splitlines()[6] == "driver          demo_drv"
+    fails(mdevkit("bind", UUID), 1, "EBUSY")
+    fails(mdevkit("bind", UUID, "--override"), 2, "--override needs a DRIVER")
+
+
+def test_remove_goes_on_after_an_error(mdevkit):
+    for uuid in (UUID, OTHER):
+        mdevkit("create", "demo-small", "-u", uuid)
+    done = mdevkit("remove", "83c", UUID, "83c4")
+    assert done.returncode == 1
+    assert done.stderr == "'83c' is the beginning of 2 devices' UUIDs [EINVAL]\n"
+    assert mdevkit("list").stdout == ""
+
+
+def test_events(mdevkit, service):
+    mdevkit("create", "demo-small", "-u", UUID)
+    lines = mdevkit("events", "--after", "0", "--timeout", "0.2").stdout.splitlines()
+    variables = "MODALIAS=demo:c01 MDEV_TYPE=demo-small MDEV_PARENT=demo0 DRIVER=demo_drv"
+    assert lines[-1].split(" ", 4)[2:] == ["bind", UUID, variables]
+    last = json.loads(mdevkit("events", "--after", "0", "--timeout", "0.2", "--json").stdout.splitlines()[-1])
+    assert (last["action"], last["seq"]) == ("bind", len(lines))
+
+
+def test_top(mdevkit):
+    mdevkit("create", "demo-small", "-u", UUID)
+    output = mdevkit("top", "-d", "0.1", "-n", "1").stdout
+    assert "HOST   PID" in output
+    assert f"{UUID}  demo-small  bound  demo_drv  -" in output
+    assert {host["key"] for host in json.loads(mdevkit("top", "--json").stdout)["hosts"]} == {"demo0", "demo1", "twins"}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["create", "demo-huge"], 1, "there is no type 'demo-huge'"),
+        (["create", "demo-small", "--set", "speed=fast"], 1, "a whole number is wanted, not 'fast' [EINVAL]"),
+        (["create", "demo-small", "--set", "speed"], 2, "'speed' is not of the form NAME=VALUE"),
+        (["create", "demo-small", "--uuid", "x"], 2, "'x' is not a UUID"),
+        (["show", "0000"], 1, "there is no device '0000' [ENODEV]"),
+        (["remove", "0000"], 1, "there is no device '0000' [ENODEV]"),
+        (["list", "--bogus"], 2, "--bogus"),
+        (["list", "--tree", "--json"], 2, "exclude one another"),
+        (["show"], 2, "UUID"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(mdevkit, words, code, said):
+    fails(mdevkit(*words), code, said)
+
+
+# -- the service -----------------------------------------------------------------------------------------------------------
+
+
+def test_start_status_stop(service):
+    fails(service.mdevkit("service", "status"), 1, f"no service runs at {service.socket} [ECONNREFUSED]")
+    assert service.mdevkit("service", "stop").stdout == f"no service runs at {service.socket}\n"
+    for _ in range(2):
+        assert service.mdevkit("service", "start").stdout == f"the service runs at {service.socket}\n"
+    facts = json.loads(service.mdevkit("service", "status", "--json").stdout)
+    assert (facts["socket"], facts["devices"], len(facts["hosts"])) == (str(service.socket), 0, 3)
+    assert f"pid         {facts['pid']}" in service.mdevkit("service", "status").stdout.splitlines()
+    assert service.mdevkit("service", "stop").returncode == 0
+    assert not alive(facts["pid"])
+    assert service.files() == []
+
+
+def test_stop_leaves_devices_and_says_so(service):
+    service.mdevkit("create", "demo-small", "-u", UUID)
+    done = service.mdevkit("service", "stop")
+    assert (done.returncode, done.stderr) == (0, "devices that go on: 1 (mdevkit service stop --remove ends them too)\n")
+    assert service.mdevkit("list").stdout == f"{UUID} demo0 demo-small manual\n"
+    assert service.mdevkit("service", "stop", "--remove").stderr == ""
+    assert service.files() == []
+
+
+def test_stop_with_remove_goes_on_when_a_device_is_in_use(service):
+    service.mdevkit("create", "demo-small", "-u", UUID)
+    with service.client() as client:
+        client.put(f"/v1/devices/{UUID}/attributes/client", {"value": "pid 4711"})
+    fails(service.mdevkit("service", "stop", "--remove"), 1, "is in use by pid 4711", "EBUSY")
+    assert service.mdevkit("list").stdout.startswith(UUID)
+    assert service.mdevkit("service", "stop", "--remove", "--force").returncode == 0
+
+
+def test_install_writes_units_that_say_what_was_asked(service, tmp_path):
+    done = service.mdevkit("service", "install", "--folder", tmp_path)
+    assert done.stdout == f"{tmp_path}/mdevkit.socket\n{tmp_path}/mdevkit.service\n"
+    assert "enable --now mdevkit.socket" in done.stderr
+    socket, unit = ((tmp_path / f"mdevkit.{kind}").read_text() for kind in ("socket", "service"))
+    assert "SocketMode=0600" in socket
+    for line in ("KillMode=process", "RuntimeDirectoryPreserve=yes", "NoNewPrivileges=yes", "Requires=mdevkit.socket"):
+        assert line in unit.splitlines()
+    fails(service.mdevkit("service", "install", "--group", "no-such-group", "--folder", tmp_path), 1, "there is no group")
+    fails(service.mdevkit("service", "install", "--folder", "/proc/x"), 1, "the units cannot be written")
+
+
+def test_units_are_what_systemd_accepts(service, tmp_path):
+    if not Path("/usr/bin/systemd-analyze").exists():
+        pytest.skip("systemd-analyze is missing: apt-get install systemd")
+    service.mdevkit("service", "install", "--folder", tmp_path)
+    done = subprocess.run(["systemd-analyze", "verify", *map(str, tmp_path.glob("mdevkit.*"))], capture_output=True, text=True)
+    ours = [line for line in done.stderr.splitlines() if "mdevkit" in line]
+    assert not ours
+
+
+# -- speed -----------------------------------------------------------------------------------------------------------------
+
+HEAVY = {"typer", "click", "rich", "stevedore", "pluggy", "asyncio", "subprocess", "tempfile", "importlib.metadata"}
+
+
+@pytest.mark.parametrize("words", [["list"], ["types"], ["show", UUID], ["list", "--tree"], ["list", "--json"]])
+def test_quick_commands_import_nothing_heavy(service, words):
+    service.start()
+    with service.client() as client:
+        client.post("/v1/devices", {"type": "demo-small", "uuid": UUID})
+    program = (
+        "import sys\nfrom mdevkit.__main__ import main\n"
+        f"sys.argv = ['mdevkit', *{words!r}]\ncode = main()\n"
+        "print('\\n'.join(sys.modules), file=sys.stderr)\nsys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=service.environment, capture_output=True, text=True, check=True)
+    assert done.stdout
+    assert not HEAVY & set(done.stderr.split())
+
+
+def test_list_takes_at_most_four_times_as_long_as_python_itself(service):
+    service.start()
+    environment = {name: value for name, value in service.environment.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    commands = {"pass": [sys.executable, "-c", "pass"], "list": [Path(sys.executable).with_name("mdevkit"), "list"]}
+    best = dict.fromkeys(commands, float("inf"))
+
+    def ratio():
+        for _ in range(10):
+            for name, command in commands.items():
+                began = time.perf_counter()
+                pid = os.posix_spawn(command[0], [str(word) for word in command], environment)
+                os.waitpid(pid, 0)
+                best[name] = min(best[name], time.perf_counter() - began)
+        return best["list"] / best["pass"]
+
+    # The least of many: another process on this machine can only make it slower.
+    wait_until(lambda: ratio() <= 4, seconds=20, what=f"4 times as long ({best})")

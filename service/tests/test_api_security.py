@@ -1,0 +1,225 @@
+"""Who may do what: other users, a group, and that the service opens nothing its client could not open."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import site
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from shutil import rmtree
+
+import pytest
+
+from tests.services import PARENTS, Running, wait_until
+
+UUID = "83c32df7-d52e-4ec1-9668-1f3c7e4df107"
+#: Somebody (nobody on every Linux), and a group he is not in by default.
+UID, GID, GROUP = 65534, 65534, "daemon"
+
+pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root, to be somebody else: sudo ./dev test service/tests")
+
+ASK = """
+import json, sys
+from mdevkit.client import Client
+from mdevkit.errors import MdevError
+path, method, where, body = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+try:
+    with Client(path, start=False) as client:
+        print(json.dumps({"answer": client.request(method, where, body)}))
+except MdevError as error:
+    print(json.dumps({"errno": error.name, "detail": str(error)}))
+"""
+
+
+def ask_as(service, uid, gid, groups, method, where, body=None):
+    """Send a request from a process of another user."""
+    done = subprocess.run(
+        [service.python, "-P", "-c", ASK, str(service.socket), method, where, json.dumps(body)],
+        user=uid, group=gid, extra_groups=groups, capture_output=True, text=True, check=False, timeout=30, env={},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def service(tmp_path):
+    """A service in a folder that everybody can enter."""
+    folder = Path(tempfile.mkdtemp(prefix="mdevkit-"))
+    folder.chmod(0o755)
+    running = Running(folder, tmp_path)
+    running.python = interpreter(folder / "venv")
+    yield running
+    running.clean_up()
+    rmtree(folder)
+
+
+def interpreter(venv):
+    """Make an environment in which the demo parents are installed: a system's service does not look at PYTHONPATH.
+
+    Other users must be able to run it, which they are not where root's Python is in root's home.
+    """
+    minor = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    usable = [path for path in (Path(sys.executable).resolve(), Path("/usr/bin", minor)) if path.exists() and reachable(path)]
+    if not usable:
+        pytest.skip(f"needs a Python {minor} that other users can run: apt-get install {minor}")
+    packages = venv / "lib" / minor / "site-packages"
+    packages.mkdir(parents=True)
+    (venv / "bin").mkdir()
+    (venv / "bin" / "python").symlink_to(usable[0])
+    (venv / "pyvenv.cfg").write_text(f"home = {usable[0].parent}\n")
+    folders = [*site.getsitepackages(), str(PARENTS)]
+    (packages / "all.pth").write_text("".join(f"import site; site.addsitedir({folder!r})\n" for folder in folders))
+    return str(venv / "bin" / "python")
+
+
+def reachable(path):
+    """Whether everybody may go to a file."""
+    return all(folder.stat().st_mode & 0o001 for folder in path.parents)
+
+
+@pytest.fixture
+def member(service):
+    """Sends a request as a member of the group."""
+    import grp
+
+    gid = grp.getgrnam(GROUP).gr_gid
+    return lambda *request: ask_as(service, UID, GID, [gid], *request)
+
+
+@pytest.fixture
+def open_folder(tmp_path_factory):
+    """A folder that belongs to the other user."""
+    folder = Path(tempfile.mkdtemp(prefix="theirs-"))
+    os.chown(folder, UID, GID)
+    yield folder
+    rmtree(folder)
+
+
+def test_another_user_cannot_reach_a_users_service(service):
+    service.start()
+    assert stat.S_IMODE(service.socket.lstat().st_mode) == 0o600
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (service.runtime, service.runtime / "devices")} == {0o700}
+    answer = ask_as(service, UID, GID, [], "GET", "/v1/version")
+    assert answer["errno"] == "EACCES"
+    with service.client() as client:
+        endpoint = client.post("/v1/devices", {"type": "demo-small"})["endpoint"]["socket"]
+    program = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+    done = subprocess.run([service.python, "-c", program, endpoint], user=UID, group=GID, extra_groups=[], capture_output=True)
+    assert b"PermissionError" in done.stderr
+
+
+def test_another_user_who_gets_to_the_socket_is_not_answered(service):
+    service.start()
+    service.runtime.chmod(0o755)
+    service.socket.chmod(0o666)
+    # He is let down by the service, not by the file's mode.
+    answer = ask_as(service, UID, GID, [], "GET", "/v1/version")
+    assert answer["errno"] in {"ECONNRESET", "EPIPE"}
+    assert f"user {UID} is not admitted" in service.log()
+
+
+def test_a_group_is_admitted_and_others_are_not(service, member):
+    service.start("--group", GROUP)
+    assert stat.S_IMODE(service.socket.lstat().st_mode) == 0o660
+    assert member("GET", "/v1/version")["answer"]["api"] == 1
+    assert ask_as(service, UID, GID, [], "GET", "/v1/version")["errno"] == "EACCES"
+
+
+def test_a_group_there_is_not_is_told_of(service):
+    service.start("--group", "no-such-group", wait=False)
+    assert service.process.wait(20) == 1
+    assert "there is no group 'no-such-group'" in service.log()
+
+
+def test_a_member_cannot_have_a_socket_made_where_he_could_not(service, member, tmp_path):
+    service.start("--group", GROUP)
+    roots = Path(tempfile.mkdtemp(prefix="roots-"))
+    try:
+        for wish in ({"socket": f"{roots}/a.sock"}, {"attributes": {"line": f"{roots}/b.sock"}}):
+            answer = member("POST", "/v1/devices", {"type": "demo-small", **wish})
+            assert answer["errno"] == "EACCES", answer
+            assert f"no permission to make files in {roots}" in answer["detail"]
+        assert list(roots.iterdir()) == []
+        with service.client() as client:
+            client.post("/v1/devices", {"type": "demo-small", "uuid": UUID})
+            assert member("PUT", f"/v1/devices/{UUID}/attributes/line", {"value": f"{roots}/c.sock"})["errno"] == "EACCES"
+            # Root may, of course.
+            client.put(f"/v1/devices/{UUID}/attributes/line", {"value": f"{roots}/c.sock"})
+        assert [path.name for path in roots.iterdir()] == ["c.sock"]
+    finally:
+        rmtree(roots)
+
+
+@pytest.mark.parametrize("arguments", [["--group", GROUP], ["--group", GROUP, "--host-user", "daemon"]])
+def test_what_a_member_may_have_made_is_his_and_goes_with_the_device(service, member, open_folder, arguments):
+    service.start(*arguments)
+    paths = [open_folder / "endpoint.sock", open_folder / "line.sock"]
+    wish = {"type": "demo-small", "uuid": UUID, "socket": str(paths[0]), "attributes": {"line": str(paths[1])}}
+    assert member("POST", "/v1/devices", wish)["answer"]["state"] == "bound"
+    assert [(path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) for path in paths] == [(UID, 0o600)] * 2
+    parent = member("GET", f"/v1/devices/{UUID}")["answer"]["parent"]
+    service.kill_host(parent)
+    wait_until(lambda: member("GET", f"/v1/devices/{UUID}")["answer"]["state"] == "bound", what="the return")
+    assert [path.stat().st_uid for path in paths] == [UID, UID]
+    assert "answer" in member("DELETE", f"/v1/devices/{UUID}")
+    wait_until(lambda: not list(open_folder.iterdir()), what="the sockets' removal")
+
+
+def test_hosts_run_as_another_user_and_come_back(service):
+    service.start("--host-user", "daemon")
+    uid = pwd.getpwnam("daemon").pw_uid
+    with service.client() as client:
+        device = client.post("/v1/devices", {"type": "demo-small", "uuid": UUID, "parent": "demo0"})
+        pid = service.hosts()["demo0"]
+        assert Path(f"/proc/{pid}").stat().st_uid == uid
+        status = Path(f"/proc/{pid}/status").read_text()
+        assert f"Uid:\t{uid}\t{uid}\t{uid}\t{uid}" in status
+        assert "Groups:\t \n" in status
+        service.kill_host("demo0")
+        wait_until(lambda: client.get(f"/v1/devices/{UUID}")["state"] == "bound")
+        service.kill_service()
+        service.start()
+    with service.client() as again:
+        assert again.get("/v1/devices") == [device]
+        again.delete(f"/v1/devices/{UUID}")
+    service.stop()
+    assert service.files() == []
+
+
+def test_the_endpoints_owner_can_attach_and_others_cannot(service):
+    service.start("--endpoint-owner", "nobody", "--endpoint-mode", "0600")
+    with service.client() as client:
+        path = client.post("/v1/devices", {"type": "demo-small", "uuid": UUID})["endpoint"]["socket"]
+    assert (Path(path).stat().st_uid, stat.S_IMODE(Path(path).stat().st_mode)) == (UID, 0o600)
+    program = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+    for uid, code in ((UID, 0), (1, 1)):
+        done = subprocess.run([service.python, "-c", program, path], user=uid, group=1, extra_groups=[], capture_output=True)
+        assert done.returncode == code, done.stderr
+
+
+def test_an_impostor_of_a_host_is_not_believed(service):
+    """Whoever can write the hosts' folder cannot make the service talk to a process of a third user."""
+    service.start()
+    path = service.runtime / "hosts" / "demo0.sock"
+    program = (
+        "import os, socket, sys\n"
+        "s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); os.setuid(65534); s.listen(); print(flush=True)\n"
+        "s.settimeout(5); s.accept()\n"
+    )
+    path.unlink()
+    with subprocess.Popen([service.python, "-c", program, path], stdout=subprocess.PIPE) as impostor:
+        impostor.stdout.readline()
+        before = service.hosts()["demo0"]
+        service.kill_host("demo0")
+        with service.client() as client:
+            wait_until(lambda: client.get("/v1/hosts")[0]["pid"] not in {None, before})
+            assert {host["pid"] for host in client.get("/v1/hosts")} == set(service.hosts().values())
+        with socket.socket(socket.AF_UNIX) as real:
+            real.connect(str(path))
+        impostor.kill()

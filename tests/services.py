@@ -1,0 +1,152 @@
+"""Runs the service for tests, wherever they are: private folders, the demo parents, and every process gone at the end."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from mdevkit.client import Client
+from mdevkit.errors import MdevError
+
+#: The folder to put on PYTHONPATH for the demo parents.
+PARENTS = Path(__file__).parent / "parents"
+
+
+def wait_until(true, seconds=10.0, what="it"):
+    """Poll for something nobody tells us of."""
+    deadline = time.monotonic() + seconds
+    while not (found := true()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not happen within {seconds} s")
+        time.sleep(0.01)
+    return found
+
+
+def alive(pid):
+    """Whether a process runs; one that has only not been waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
+    except OSError:
+        return False
+
+
+class Running:
+    """The service under test. It is started by `start`, or by the first `client`."""
+
+    def __init__(self, folder, tmp_path):
+        self.folder = folder
+        self.runtime = folder / "mdevkit"
+        self.socket = self.runtime / "control.sock"
+        self.definitions = tmp_path / "definitions"
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("MDEVKIT_")},
+            "XDG_RUNTIME_DIR": str(folder),
+            "MDEVKIT_DEFINITIONS": str(self.definitions),
+            "PYTHONPATH": str(PARENTS),
+            "MDEVKIT_PLUGINS": "mdevkit-demo",
+        }
+        self.arguments = []
+        self.python = sys.executable
+        self.process = None
+        self._clients = []
+
+    def start(self, *arguments, wait=True):
+        """Start a service process of our own and wait until it answers."""
+        self.arguments = list(arguments) or self.arguments
+        self.runtime.mkdir(mode=0o700, exist_ok=True)
+        with (self.runtime / "control.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [self.python, "-P", "-m", "mdevkit_service", "--socket", self.socket, *self.arguments],
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        if wait:
+            wait_until(self.answers, what=f"the service's start ({self.log()})")
+        return self
+
+    def answers(self):
+        try:
+            with Client(self.socket, start=False) as client:
+                client.get("/v1/hosts")
+        except MdevError:
+            return False
+        return True
+
+    def client(self):
+        client = Client(self.socket, start=False)
+        self._clients.append(client)
+        return client
+
+    def log(self):
+        with suppress(FileNotFoundError):
+            return (self.runtime / "control.log").read_text()
+        return ""
+
+    def pid(self):
+        with self.client() as client:
+            return client.get("/v1/version")["pid"]
+
+    def hosts(self):
+        """Key to process id, by the locks."""
+        found = {}
+        for lock in (self.runtime / "hosts").glob("*.lock"):
+            pid, _, key = lock.read_text().strip().partition(" ")
+            with lock.open() as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    found[key] = int(pid)
+        return found
+
+    def kill_service(self):
+        self.process.kill()
+        self.process.wait()
+
+    def kill_host(self, key):
+        os.kill(self.hosts()[key], signal.SIGKILL)
+
+    def stop(self):
+        """End the service in order."""
+        self.process.terminate()
+        assert self.process.wait(15) == 0, self.log()
+
+    def mdevkit(self, *words, **changes):
+        """Run a command to its end."""
+        return subprocess.run(
+            [Path(sys.executable).with_name("mdevkit"), *words],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**self.environment, **changes},
+            check=False,
+        )
+
+    def clean_up(self):
+        for client in self._clients:
+            client.close()
+        pids = set(self.hosts().values())
+        with suppress(MdevError):
+            pids.add(self.pid())
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def files(self):
+        """What is in the runtime folder, but for logs and what stays on purpose."""
+        stay = {"definitions.json", "events.ndjson", "service.lock"}
+        return sorted(
+            str(path.relative_to(self.runtime))
+            for path in self.runtime.rglob("*")
+            if not path.is_dir() and path.suffix != ".log" and path.name not in stay
+        )
