@@ -24,7 +24,7 @@ _PORT = re.compile(r".*/([0-9a-f]+:[0-9a-f]+:[0-9a-f.]+)/\1:\d+/\1:\d+\.\d+/tty/
 def serial_cards(guest: Guest) -> dict[str, list[str]]:
     """Return the names of the ports of every PCI serial card, by the card's address, e.g. ``0000:00:02.0``."""
     cards: dict[str, list[str]] = {}
-    for path in guest.run("for port in /sys/class/tty/ttyS*; do readlink -f $port; done").split():
+    for path in guest.run("for port in /sys/class/tty/ttyS*; do readlink -f $port || :; done").split():
         if found := _PORT.fullmatch(path):
             cards.setdefault(found[1], []).append(found[2])
     return cards

@@ -2,8 +2,8 @@
 
     nursery.py CONTROL SOCKET FATAL
 
-The device counts: every access changes it, so one that is lost, or carried out twice, shows for ever after. It prints the pid of
-each process it has forked; the process serves the device until it is killed, or until it is told to end by SIGTERM.
+The device counts: every access changes it, so one that is lost, or carried out twice, shows for ever after. The program prints
+the pid of each process it has forked. Such a process serves the device until it is killed, or told to end by SIGTERM.
 """
 
 import logging
@@ -14,13 +14,16 @@ import sys
 import time
 from pathlib import Path
 
-from mdevkit_vfio.pci import Bar, PciDevice, PciIds
+from mdevkit_vfio.pci import Bar, Msix, PciDevice, PciIds
 from mdevkit_vfio.transport import Fronts, ParkedServer
 
-#: Registers of BAR 0: the number of reads of it so far; a sum over everything written; a queue of bytes and its length;
-#: the pin; death, if 1 is written; the interrupt vector written; a doorbell for a job that reads guest memory and sums it up.
+#: Registers of BAR 0: the number of reads of it so far; a sum over everything written; a queue of bytes, and its length; the
+#: pin; 1 kills the process, more takes as many milliseconds; sends a message; a doorbell for a job that reads guest memory,
+#: and a sum over what it has read.
 TICKET, SUM, QUEUE, LENGTH, PIN, DIE, FIRE, DMA = range(0, 32, 4)
 STATE = struct.Struct("<IIQ")
+#: Where the job reads.
+SOURCE = 0x10000
 
 
 class Counter(PciDevice):
@@ -29,7 +32,8 @@ class Counter(PciDevice):
     def __init__(self):
         self.ticket = self.sum = self.jobs = 0
         self.queue = bytearray()
-        super().__init__(PciIds(0x1234, 1), {0: Bar(4096), 2: Bar(8192)}, interrupt_pin=1, msi_vectors=4, name="counter")
+        bars = {0: Bar(4096), 2: Bar(8192)}
+        super().__init__(PciIds(0x1234, 1), bars, interrupt_pin=1, msi_vectors=4, msix=Msix(40, 2), name="counter")
 
     def device_reset(self):
         self.ticket = self.sum = self.jobs = 0
@@ -69,7 +73,7 @@ class Counter(PciDevice):
             self.defer(self.job)
 
     def job(self):
-        data = self.dma.read(0x10000, 4096)
+        data = self.dma.read(SOURCE, 4096)
         with self.lock:
             self.jobs += sum(data)
 
@@ -89,9 +93,17 @@ def main():
     for _ in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            serve(control, path, fatal)
-            os._exit(0)
-        print(pid, flush=True)  # noqa: T201
+            code = 1
+            try:
+                serve(control, path, fatal)
+                code = 0
+            except OSError as error:
+                sys.stderr.write(f"{error}\n")
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+        sys.stdout.write(f"{pid}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

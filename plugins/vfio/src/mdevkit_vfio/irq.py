@@ -181,12 +181,8 @@ class Intx:
         if self.trigger is not None and not self.disabled:
             self._post(self.trigger)
 
-    def save(self) -> int:
-        """Return the state as a byte."""
-        return self.level | self.masked << 1 | self.disabled << 2
-
     def load(self, state: int) -> None:
-        """Take over a state; signals nothing."""
+        """Take over a state as `Interrupts.save` packs it; signals nothing."""
         self.level, self.masked, self.disabled = bool(state & 1), bool(state & 2), bool(state & 4)
 
 
@@ -294,6 +290,8 @@ class Vectors:
 #: signals are owed. The states of MSI and MSI-X follow, then a `_OWED` each.
 _STATE: Final = struct.Struct("<BhHH")
 _OWED: Final = struct.Struct("<HH")
+#: The states of MSI and MSI-X without a vector.
+_NO_MESSAGES: Final = bytes(2)
 
 
 class Interrupts:
@@ -305,6 +303,7 @@ class Interrupts:
         self.intx: Final = Intx(self._post)
         self.msi: Final = Vectors(msi, self._post)
         self.msix: Final = Vectors(msix, self._post)
+        self._has_messages: Final = bool(msi or msix)
         #: Triggers that were posted and perhaps not signalled yet, the others not having been looked at.
         self._posted: Final[set[Trigger]] = set()
         self._single: Final[dict[int, Trigger | None]] = {Irq.ERR: None, Irq.REQ: None}
@@ -517,13 +516,22 @@ class Interrupts:
 
     def save(self) -> bytes:
         """Return the state without eventfds, and which of them are posted and perhaps not signalled yet."""
+        owed = self._owed() if self._posted else []
+        cause, pin = self._cause_vector, self.intx
+        head = _STATE.pack(
+            pin.level | pin.masked << 1 | pin.disabled << 2, -1 if cause is None else cause, self._msi_limit, len(owed)
+        )
+        if owed:
+            return head + self.msi.save() + self.msix.save() + b"".join([_OWED.pack(*trigger.slot) for trigger in owed])
+        return head + self.msi.save() + self.msix.save() if self._has_messages else head + _NO_MESSAGES
+
+    def _owed(self) -> list[Trigger]:
+        """Return the triggers that are posted and perhaps not signalled yet, and forget the others."""
         owed = [trigger for trigger in self._posted if trigger.owed]
         if len(owed) < len(self._posted):
             self._posted.clear()
             self._posted.update(owed)
-        cause = -1 if self._cause_vector is None else self._cause_vector
-        head = _STATE.pack(self.intx.save(), cause, self._msi_limit, len(owed))
-        return head + self.msi.save() + self.msix.save() + b"".join([_OWED.pack(*trigger.slot) for trigger in owed])
+        return owed
 
     def load(self, state: bytes) -> None:
         """Take over a state once the eventfds are armed again, and signal what is owed: perhaps once more than needed."""

@@ -49,7 +49,7 @@ class Mapping:
 
 @dataclass(frozen=True)
 class RegionInfo:
-    """Answer to GET_REGION_INFO. `size` 0 means the region does not exist. `type` is (type, subtype) of a device-specific region."""
+    """Answer to GET_REGION_INFO. `size` 0: the region does not exist. `type`: (type, subtype) of a device-specific region."""
 
     flags: RegionFlag
     size: int
@@ -166,11 +166,11 @@ class VfioOps(Protocol):
     migration: MigrationOps | None
 
     def open(self, dma: DmaTransport) -> None:
-        """A client is there. EBUSY or another error refuses it."""
+        """Begin to serve a client. EBUSY or another error refuses it."""
         ...
 
     def release(self) -> None:
-        """The client is gone: drop its interrupts and DMA maps and reset. Must not raise and must not block."""
+        """Drop the interrupts and DMA maps of the client, which is gone, and reset. Must not raise and must not block."""
         ...
 
     def info(self) -> DeviceInfo:
@@ -202,7 +202,7 @@ class VfioOps(Protocol):
         ...
 
     def dma_map(self, region: DmaRegion) -> None:
-        """A range of guest memory became reachable. The device owns ``region.fd`` unless this raises."""
+        """Take a range of guest memory that became reachable. The device owns ``region.fd`` unless this raises."""
         ...
 
     def dma_unmap(self, iova: int, size: int) -> None:

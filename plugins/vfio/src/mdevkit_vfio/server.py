@@ -235,12 +235,13 @@ class VfioUserServer:
             observer=self._observer,
             ended=self._notify,
         )
+        # Known before it answers: whoever has its VERSION reply is the client.
+        self._session = session
         try:
             session.start()
         except MdevError as error:
+            self._session = None
             log.warning("%s", error)
-            return
-        self._session = session
 
     def _reap(self, session: Session) -> None:
         session.join()

@@ -297,9 +297,10 @@ class ParkedServer(VfioUserServer):
                 observer=self._observer,
                 ended=self._notify,
             )
+            self._session = session
             try:
                 session.start()
             except MdevError as error:
+                self._session = None
                 log.warning("%s", error)
-                return
-            self._session = session
+                greeting.close()

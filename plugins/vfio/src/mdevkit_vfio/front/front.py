@@ -45,8 +45,9 @@ FATAL: Final = 2
 FATAL_AT_ATTACH: Final = 5
 #: Seconds a front goes on without a client.
 LINGER: Final = 1.0
-#: Seconds it waits for the device alone.
+#: Seconds it waits for one peer alone, and the same in milliseconds.
 TICK: Final = 0.25
+_TICK_MS: Final = TICK * 1000
 #: What it holds for the device before it stops reading: messages, and bytes of them.
 MAX_TURNS: Final = 1024
 MAX_HELD: Final = 1 << 22
@@ -133,6 +134,7 @@ class Front:
         # Of the device's process.
         self._device: socket.socket | None = None
         self._process = 0
+        #: Since when its process is dead and nothing has been done by the next one; 0 while all is well.
         self._away_since = 0.0
         #: Turns answered without it, whose replies it may still send.
         self._overdue: Final[deque[Turn]] = deque()
@@ -151,6 +153,9 @@ class Front:
 
     def _step(self) -> None:
         ready = self._wait()
+        if self._relaying and len(ready) == 1 and self._client is not None and self._client.fileno() in ready:
+            self._relay(self._client)
+            return
         client, device, porter = self._client, self._device, self._porter
         if device is not None and device.fileno() in ready:
             self._serve_device(ready[device.fileno()])
@@ -240,8 +245,66 @@ class Front:
             # Gone while we do not read: what it has sent before nobody needs.
             self._client_left()
 
+    @property
+    def _relaying(self) -> bool:
+        """Whether nothing is under way but what the client may ask next."""
+        if self._turns or self._overdue or self._away_since or not self._greeted or self._device is None:
+            return False
+        full = self._client_out.full or self._device_out.full
+        return not full and self._client_in.empty() and self._device_in.empty() and self._reception.empty
+
+    def _relay(self, client: socket.socket) -> None:
+        """Pass requests on as long as they come alone and are answered at once, which is how a guest's processor asks.
+
+        What this does for one register access is what a guest notices of a front, so it is all here, without a `Turn`: one is
+        made as soon as anything is out of the ordinary.
+        """
+        device, inbox, outbox = self._device, self._client_in, self._device_in
+        assert device is not None
+        asked, poll, send, reply = [(client.fileno(), select.POLLIN)], self._poll.poll, self._device_out.send, self._client_out.send
+        hear, heard, buffer, window, heard_window = (
+            client.recvmsg_into,
+            device.recvmsg_into,
+            inbox.buffer,
+            [inbox.view],
+            [outbox.view],
+        )
+        unpack, pack_turn = HEADER.unpack_from, _TURN.pack_into
+        while True:
+            try:
+                received, ancillary, flags, _ = hear(window, ANCILLARY, RECEIVE_FLAGS)
+            except OSError:
+                received = 0
+            if not received:
+                self._client_left()
+                return
+            ident, command, size, kind, _ = unpack(buffer)
+            if size != received or kind or ancillary or flags != RECEIVE_FLAGS or command in JOURNALED:
+                inbox.added(received, ancillary, flags)
+                self._work_off(inbox)
+                return
+            self._number = number = next_turn(self._number)
+            pack_turn(buffer, TURN_AT, number)
+            message = bytes(inbox.view[:size])
+            send(message)
+            try:
+                received, ancillary, flags, _ = heard(heard_window, ANCILLARY, RECEIVE_FLAGS)
+            except OSError as error:
+                self._keep(Turn(number, ident, command, message, [], False, time.monotonic() + self._patience))
+                if not isinstance(error, BlockingIOError):
+                    self._device_gone()
+                return
+            facts = unpack(outbox.buffer)
+            if facts[:3] != (ident, command, received) or ancillary or not facts[3] & TYPE_REPLY:
+                self._keep(Turn(number, ident, command, message, [], False, time.monotonic() + self._patience))
+                self._take(received, ancillary, flags)
+                return
+            reply(bytes(outbox.view[:received]))
+            if self._client_out.full or poll(_TICK_MS) != asked:
+                return
+
     def _receive_client(self) -> None:
-        """Take what has come. A lone message, which is nearly every one, is passed on without being copied around."""
+        """Take what has come."""
         inbox, client = self._client_in, self._client
         assert client is not None
         try:
@@ -250,12 +313,6 @@ class Front:
         except OSError:
             self._client_left()
             return
-        if fresh and received >= HEADER_SIZE and not ancillary and flags == RECEIVE_FLAGS:
-            ident, command, size, kind, _ = HEADER.unpack_from(inbox.buffer)
-            if size == received and not kind & TYPE_MASK:
-                self._add(ident, command, kind, bytes(inbox.view[:size]), [])
-                self._await_reply(kind)
-                return
         if fresh:
             inbox.added(received, ancillary, flags)
         self._work_off(inbox)
@@ -278,8 +335,7 @@ class Front:
         self._number = number = next_turn(self._number)
         stamped = _stamped(message, number)
         turn = Turn(number, ident, command, stamped, fds, bool(flags & NO_REPLY), time.monotonic() + self._patience)
-        self._turns.append(turn)
-        self._held += len(stamped)
+        self._keep(turn)
         turn.answer = self._refusal(flags, whole_fds)
         if turn.answer:
             self._settle()
@@ -287,18 +343,18 @@ class Front:
             self._device_out.send(stamped, fds)
             self._stale_poll |= self._device_out.full
 
+    def _keep(self, turn: Turn) -> None:
+        """Remember a turn until it is known to be done."""
+        self._turns.append(turn)
+        self._held += len(turn.message)
+
     def _refusal(self, flags: int, whole_fds: bool) -> int:
         """Return the errno for a message the device is not asked about, or 0."""
         if not whole_fds or flags & TYPE_MASK == TYPE_REPLY:
             # More descriptors than a message may have, or an answer nobody has asked for.
             return errno.EINVAL
-        away = self._device is None and self._greeted and time.monotonic() - self._away_since > self._patience
+        away = self._device is None and self._away_since and time.monotonic() - self._away_since > self._patience
         return errno.EIO if self._failed or away else 0
-
-    def _await_reply(self, flags: int) -> None:
-        """Wait for the device alone, if there is nothing else to be done before it has replied."""
-        if self._device is not None and not flags & NO_REPLY and not self._device_out.full:
-            self._receive_device()
 
     def _take_answer(self, message: Received) -> bool:
         """Pass the client's answer to the process that has asked, if it still lives; False if nobody ever asked."""
@@ -340,6 +396,7 @@ class Front:
         self._journal.close()
         self._questions.clear()
         self._greeted = False
+        self._away_since = 0.0
         self._drop_park()
 
     # -- the device's process ---------------------------------------------------------------------------------------
@@ -385,7 +442,7 @@ class Front:
             self._receive_device()
 
     def _receive_device(self) -> None:
-        """Take what the device's process sends; a lone reply, which is nearly everything, goes straight to the client."""
+        """Take what the device's process sends."""
         inbox, device = self._device_in, self._device
         assert device is not None
         try:
@@ -396,14 +453,21 @@ class Front:
         except OSError:
             self._device_gone()
             return
+        if fresh:
+            self._take(received, ancillary, flags)
+        else:
+            self._take_messages(inbox)
+
+    def _take(self, received: int, ancillary: Ancillary, flags: int) -> None:
+        """Take what has been received into the empty inbox; nothing is the end of the connection."""
+        if not received:
+            self._device_gone()
+            return
+        self._device_in.added(received, ancillary, flags)
+        self._take_messages(self._device_in)
+
+    def _take_messages(self, inbox: Inbox) -> None:
         try:
-            if fresh and received >= HEADER_SIZE and not ancillary:
-                ident, command, size, kind, _ = HEADER.unpack_from(inbox.buffer)
-                if size == received and kind & TYPE_MASK == TYPE_REPLY:
-                    self._replied(ident, command, bytes(inbox.view[:size]), [])
-                    return
-            if fresh:
-                inbox.added(received, ancillary, flags)
             while self._device is not None and (message := inbox.pop()) is not None:
                 self._take_from_device(message)
         except MdevError as error:
@@ -476,9 +540,16 @@ class Front:
             close_all(fds)
             raise MdevError(errno.EPROTO, f"a reply to {proto.command_name(command)} that nobody waits for")
         self._forget_first()
+        if self._away_since:
+            self._back()
         self._done(turn, reply, fds)
         if self._turns:
             self._settle()
+
+    def _back(self) -> None:
+        """Take note that a new process has done something for the client."""
+        log.warning("%s: it goes on after %.1f ms", self._name, (time.monotonic() - self._away_since) * 1e3)
+        self._away_since = 0.0
 
     def _forget_first(self) -> Turn:
         turn = self._turns.popleft()
@@ -506,8 +577,8 @@ class Front:
         if self._client is None:
             self._idle_since = time.monotonic()
             return
-        self._away_since = time.monotonic()
         log.warning("%s: its process has died; %d messages wait for the next", self._name, len(self._turns))
+        self._away_since = self._away_since or time.monotonic()
         commit = self._park.read() if self._park is not None else Commit(0, b"", b"")
         self._answer_from_park(commit)
         self._blame()

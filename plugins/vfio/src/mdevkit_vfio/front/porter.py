@@ -38,7 +38,7 @@ log = logging.getLogger("mdevkit.front")
 #: Seconds a device without a client waits for its process.
 AWAY: Final = 30.0
 #: Seconds the porter stays without a device.
-LINGER: Final = 5.0
+LINGER: Final = 1.0
 #: Seconds between two looks at the clock.
 TICK: Final = 1.0
 

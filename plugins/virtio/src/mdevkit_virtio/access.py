@@ -1,0 +1,136 @@
+"""Guarded access to guest memory without the C engine.
+
+A client may truncate the file behind its memory at any moment; a load or store through our mapping would then be SIGBUS,
+which Python cannot survive. So bytes go through /proc/self/mem, where the kernel does the access and answers EIO. That
+also never makes the file grow, as pwrite(2) on it would, and works on hugetlbfs, where pwrite does not.
+
+A copy by the kernel may be torn: another processor can see one byte of a field new and the next one old. That is harmless
+for everything but the used index of a split ring, which drivers compare for equality. It is moved on by futex(2), whose
+FUTEX_WAKE_OP adds a power of two to a word of user memory: atomically, with a full barrier, and with EFAULT where the
+memory is gone. (`struct.pack_into` on the mapping would be worse than torn: it clears a field before writing it.)
+
+Any thread may call in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+from typing import Final, Protocol
+
+from mdevkit.errors import MdevError
+
+_FUTEX_NUMBERS: Final = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}
+_FUTEX_WAKE_OP: Final = 5
+_FUTEX_PRIVATE: Final = 128
+#: FUTEX_OP_ADD with FUTEX_OP_OPARG_SHIFT: add 1 << argument.
+_OP_ADD_BIT: Final = 1 | 8
+_OP_ADD: Final = 1
+
+
+class _Syscall(Protocol):
+    def __call__(self, number: int, first: int, op: int, wake: int, wake2: int, second: int, operation: int) -> int: ...
+
+
+class TruncatedError(Exception):
+    """Guest memory that is gone, at address `host` of ours. Engines turn it into `Fault.MEMORY`; nobody else sees it."""
+
+    def __init__(self, host: int) -> None:
+        super().__init__(host)
+        self.host: Final = host
+
+
+class _ProcessMemory:
+    """The descriptor of /proc/self/mem; it belongs to one process, so a child opens its own."""
+
+    def __init__(self) -> None:
+        self.fd = -1
+        os.register_at_fork(after_in_child=self._forget)
+
+    def open(self) -> int:
+        if self.fd < 0:
+            self.fd = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
+        return self.fd
+
+    def _forget(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+_memory: Final = _ProcessMemory()
+_futex_number: Final = _FUTEX_NUMBERS.get(platform.machine())
+_fence_word: Final = ctypes.c_uint32(0)
+_fence_address: Final = ctypes.addressof(_fence_word)
+
+
+def _load_syscall() -> _Syscall:
+    function = ctypes.CDLL(None, use_errno=True).syscall
+    function.restype = ctypes.c_long
+    function.argtypes = [
+        ctypes.c_long,
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_long,
+        ctypes.c_void_p,
+        ctypes.c_uint32,
+    ]
+    return function
+
+
+_syscall: Final = _load_syscall()
+
+
+def read(host: int, size: int) -> bytes:
+    """Return `size` bytes at one of our addresses inside a mapping; `TruncatedError` if they are not there any more."""
+    try:
+        data = os.pread(_memory.fd if _memory.fd >= 0 else _memory.open(), size, host)
+    except OSError as error:
+        raise _truncated(error, host) from None
+    if len(data) != size:
+        raise TruncatedError(host)
+    return data
+
+
+def write(host: int, data: bytes) -> None:
+    """Write at one of our addresses inside a mapping; `TruncatedError` if it is not there any more."""
+    try:
+        done = os.pwrite(_memory.fd if _memory.fd >= 0 else _memory.open(), data, host)
+    except OSError as error:
+        raise _truncated(error, host) from None
+    if done != len(data):
+        raise TruncatedError(host)
+
+
+def add_to_high_half(host: int, count: int) -> None:
+    """Add `count` to the upper 16 bits of the 32-bit little-endian word at `host`, 4-byte aligned, and be a full barrier.
+
+    One atomic step per bit of `count`, the largest last: each value between is a smaller count, published for good.
+    """
+    for bit in range(16):
+        if count >> bit & 1:
+            _futex_op(host, _OP_ADD_BIT, 16 + bit)
+
+
+def fence() -> None:
+    """Be a full memory barrier."""
+    _futex_op(_fence_address, _OP_ADD, 0)
+
+
+def _futex_op(host: int, operation: int, argument: int) -> None:
+    if _futex_number is None:
+        raise MdevError(errno.ENOSYS, f"the Python engine does not know {platform.machine()}; build the C engine")
+    word = operation << 28 | argument << 12
+    if _syscall(_futex_number, _fence_address, _FUTEX_WAKE_OP | _FUTEX_PRIVATE, 0, 0, host, word) >= 0:
+        return
+    number = ctypes.get_errno()
+    if number == errno.EFAULT:
+        raise TruncatedError(host)
+    raise MdevError(number, f"futex: {os.strerror(number)}")
+
+
+def _truncated(error: OSError, host: int) -> Exception:
+    return TruncatedError(host) if error.errno in (errno.EIO, errno.EFAULT) else error

@@ -1,0 +1,269 @@
+/* Frames from a transmit queue to a receive queue, in bursts, with one copy (virtio 1.2, 5.1.6).
+ *
+ * A burst writes into receive buffers first, commits last, and commits the receive side before the transmit side. So
+ * whatever ends it (no room, a broken ring, memory that is gone), a frame is delivered once or not at all, and the side
+ * that did nothing wrong is in order.
+ */
+#include "guard.h"
+
+enum { NUM_BUFFERS_AT = 10 };
+
+/* A position in the pieces of a buffer; `offset` may lie beyond the first of them. */
+typedef struct { const mv_piece *piece; uint64_t offset; } place;
+
+static inline void normalize(place *p) {
+    for (; p->offset >= p->piece->length; p->piece++)
+        p->offset -= p->piece->length;
+}
+
+/* As memmove, inline for small frames, which are most of the work: two blocks that overlap instead of a call. Both are read
+ * before either is written, for a hostile driver may let the two ranges overlap. */
+typedef uint8_t block16 __attribute__((vector_size(16), aligned(1), may_alias));
+typedef struct { block16 a, b; } block32;
+typedef struct { block32 a, b; } block64;
+
+#define TWO_BLOCKS(type)                                                                               \
+    do {                                                                                               \
+        const type head = *(const type *)from, tail = *(const type *)(from + n - sizeof(type));        \
+        *(type *)to = head;                                                                            \
+        *(type *)(to + n - sizeof(type)) = tail;                                                       \
+    } while (0)
+
+static inline void copy_bytes(uint8_t *to, const uint8_t *from, uint64_t n) {
+    if (n > 128 || n < 16)
+        memmove(to, from, n);
+    else if (n > 64)
+        TWO_BLOCKS(block64);
+    else if (n > 32)
+        TWO_BLOCKS(block32);
+    else
+        TWO_BLOCKS(block16);
+}
+
+/* Both places have room for `n`. */
+static inline void copy_frame(place *to, place *from, uint64_t n) {
+    while (n) {
+        normalize(to);
+        normalize(from);
+        uint64_t part = to->piece->length - to->offset, source = from->piece->length - from->offset;
+        part = part < source ? part : source;
+        part = part < n ? part : n;
+        copy_bytes(to->piece->host + to->offset, from->piece->host + from->offset, part);
+        to->offset += part;
+        from->offset += part;
+        n -= part;
+    }
+}
+
+/* Between a buffer and memory of ours, as a buffer of one piece. */
+static inline void put_bytes(place *to, const void *data, uint64_t n) {
+    mv_piece piece = {0, (uint8_t *)data, n};
+    copy_frame(to, &(place){&piece, 0}, n);
+}
+
+static inline void get_bytes(place from, void *data, uint64_t n) {
+    mv_piece piece = {0, data, n};
+    copy_frame(&(place){&piece, 0}, &from, n);
+}
+
+/* Drivers leave the header of a buffer as it was: not writing what is there already spares both sides a cache miss. */
+static inline void write_header(place *to, const uint8_t *header, uint32_t size) {
+    uint8_t *at = to->piece->host;
+    if (likely(to->piece->length >= size && !(size == 12 ? memcmp(at, header, 12) : memcmp(at, header, 10))))
+        to->offset += size;
+    else
+        put_bytes(to, header, size);
+}
+
+static bool log_pieces(mv_queue *q, const mv_log *log, place at, uint64_t length) {
+    for (uint64_t part; length; at.offset += part, length -= part) {
+        normalize(&at);
+        part = at.piece->length - at.offset < length ? at.piece->length - at.offset : length;
+        if (!mv_log_range(q, log, at.piece->guest + at.offset, part))
+            return false;
+    }
+    return true;
+}
+
+/* Fetches the beginning of what is copied some frames later; the processor sees the rest coming. Most buffers are one piece.
+ * Beyond the last piece there are old ones: fetching in vain harms nobody. */
+static inline void prefetch(const mv_piece *piece, bool writing) {
+    for (const uint8_t *at = piece->host; at <= piece->host + 64; at += 64)
+        writing ? __builtin_prefetch(at, 1) : __builtin_prefetch(at);
+}
+
+/* What became of a frame, besides the reasons a burst ends for: MV_MORE if it was moved. */
+enum { TOO_LARGE = 100 };
+
+/* A burst: where each queue is when it is done, how far receive buffers were looked up, and for how many frames. */
+typedef struct { mv_cursor tx, rx, scan; const mv_piece *pieces; uint32_t frames; } bursting;
+/* The next receive buffer; many are looked up together, so that the caches can fetch them while others are filled. */
+static inline const mv_chain *next_buffer(mv_mover *m, bursting *b) {
+    if (m->next == m->staged) {
+        m->staged = take(m->rx, &b->scan, b->frames, m->rx_chains, m->rx_pieces);
+        m->next = 0;
+        b->pieces = m->rx_pieces;
+        for (uint32_t i = 0; i < MV_AHEAD; i++)
+            prefetch(b->pieces + i, true);
+        if (!m->staged)
+            return NULL;
+    }
+    prefetch(b->pieces + MV_AHEAD, true);
+    return &m->rx_chains[m->next++];
+}
+
+/* Writes `length` bytes from `from`, behind a header, into receive buffers; their used entries go to the end of rx_used. */
+static inline uint32_t deliver(mv_mover *m, bursting *b, place from, uint32_t length, const uint8_t *header) {
+    mv_queue *rx = m->rx;
+    uint32_t most = rx->num < MV_MERGE ? rx->num : MV_MERGE, buffers = 0, left = length;
+    mv_used *used = m->rx_used + m->rx_count;
+    do {
+        if (unlikely(buffers == most))
+            return TOO_LARGE;
+        const mv_chain *chain = next_buffer(m, b);
+        if (unlikely(!chain))
+            return rx->fault ? MV_BROKEN : MV_FULL;
+        const place start = {b->pieces + chain->readable_pieces, 0};
+        uint32_t before = buffers ? 0 : m->rx_header, room = chain->writable - before, part = room < left ? room : left;
+        place to = start;
+        b->pieces += chain->pieces;
+        if (unlikely(chain->writable < before))
+            return broken(rx, MV_BUFFER, chain->writable), MV_BROKEN;
+        if (unlikely(!m->mergeable && room < left))
+            return TOO_LARGE;
+        if (unlikely(!buffers && room < left))
+            memcpy(m->header_pieces, start.piece, sizeof m->header_pieces);
+        if (!buffers)
+            write_header(&to, header, before);
+        copy_frame(&to, &from, part);
+        if (unlikely(rx->log) && !log_pieces(rx, rx->log, start, before + part))
+            return MV_BROKEN;
+        used[buffers++] = (mv_used){chain->id, before + part, chain->slots};
+        step(rx, &b->rx, chain->slots);
+        left -= part;
+    } while (left);
+    m->rx_count += buffers;
+    /* The number of buffers is known when all are filled. */
+    if (unlikely(buffers > 1 && m->rx_header > NUM_BUFFERS_AT))
+        put_bytes(&(place){m->header_pieces, NUM_BUFFERS_AT}, &(uint16_t){(uint16_t)buffers}, 2);
+    return MV_MORE;
+}
+
+/* One frame of the transmit queue; false if the burst ends here without it. */
+static inline bool move_frame(mv_mover *m, bursting *b, const mv_chain *chain, const mv_piece *pieces) {
+    uint8_t header[12] = {[NUM_BUFFERS_AT] = 1};
+    if (unlikely(chain->readable <= m->tx_header)) {
+        m->done.malformed++;
+        return true;
+    }
+    uint32_t length = chain->readable - m->tx_header;
+    const mv_cursor before = b->rx;
+    uint32_t result = m->rx ? MV_MORE : MV_FULL;
+    if (unlikely(length > MV_FRAME)) {
+        result = TOO_LARGE;
+    } else if (m->rx) {
+        if (m->keep_header)
+            get_bytes((place){pieces, 0}, header, NUM_BUFFERS_AT);
+        result = deliver(m, b, (place){pieces, m->tx_header}, length, header);
+    }
+    if (likely(result == MV_MORE)) {
+        m->done.frames++;
+        m->done.bytes += length;
+        return true;
+    }
+    /* Buffers that were looked at are looked up anew. */
+    b->rx = b->scan = before;
+    m->staged = m->next = 0;
+    m->done.oversize += result == TOO_LARGE;
+    m->done.dropped += result == MV_FULL && m->drop;
+    if (result == TOO_LARGE || (result == MV_FULL && m->drop))
+        return true;
+    m->wait = result;
+    return false;
+}
+
+static void give_back(mv_mover *m, mv_queue *q, const mv_cursor *c, const mv_used *used, uint32_t count) {
+    commit(q, c);
+    if (!mv_publish(q, used, count))
+        m->wait = MV_BROKEN;
+    atomic_signal_fence(memory_order_seq_cst);
+}
+
+static void burst(mv_mover *m, uint32_t limit) {
+    bursting b = {.tx = cursor_of(m->tx), .rx = m->rx ? cursor_of(m->rx) : (mv_cursor){0}};
+    mv_cursor scan = b.tx;
+    b.scan = b.rx;
+    const mv_piece *pieces = m->tx_pieces;
+    uint32_t count = take(m->tx, &scan, limit, m->tx_chains, m->tx_pieces);
+    m->wait = count ? MV_MORE : m->tx->fault ? MV_BROKEN : MV_EMPTY;
+    for (uint32_t i = 0; i < MV_AHEAD; i++)
+        prefetch(pieces + i, false);
+    for (const mv_chain *chain = m->tx_chains; m->tx_count < count && m->rx_count < MV_BURST; pieces += chain++->pieces) {
+        b.frames = count - m->tx_count;
+        prefetch(pieces + MV_AHEAD, false);
+        if (!move_frame(m, &b, chain, pieces))
+            break;
+        step(m->tx, &b.tx, chain->slots);
+        m->tx_used[m->tx_count++] = (mv_used){chain->id, 0, chain->slots};
+    }
+    if (!m->tx_count)
+        return;
+    if (m->wait == MV_BROKEN) {
+        /* A fault met after good frames is left for the next burst, which meets it first. */
+        m->wait = MV_MORE;
+        broken(m->rx, MV_OK, 0);
+    }
+    if (m->rx_count)
+        give_back(m, m->rx, &b.rx, m->rx_used, m->rx_count);
+    give_back(m, m->tx, &b.tx, m->tx_used, m->tx_count);
+    full_fence();
+    m->signal_rx = m->rx && m->rx_count && mv_wants_signal(m->rx);
+    m->signal_tx = mv_wants_signal(m->tx);
+}
+
+/* Whose memory it was that went away; a queue pair of one device shares its memory. */
+static void lost_memory(mv_mover *m, const mv_counters *before) {
+    mv_queue *queues[] = {m->tx, m->rx};
+    for (int i = 0; i < 2; i++)
+        if (queues[i] && mv_touches(queues[i]->memory, queues[i]->log, guard.address))
+            broken(queues[i], MV_MEMORY, 0);
+    m->done = *before;
+    m->wait = MV_BROKEN;
+}
+
+static int move(mv_mover *m, uint32_t limit) {
+    const mv_counters before = m->done;
+    m->staged = m->next = m->tx_count = m->rx_count = m->signal_tx = m->signal_rx = 0;
+    if (m->tx->fault || (m->rx && m->rx->fault)) {
+        m->wait = MV_BROKEN;
+        return 0;
+    }
+    guard_watch(m->tx->memory, m->tx->log, m->rx ? m->rx->memory : NULL, m->rx ? m->rx->log : NULL);
+    GUARDED(burst(m, limit < MV_BURST ? limit : MV_BURST), lost_memory(m, &before));
+    if (m->signal_rx)
+        mv_call(m->rx);
+    if (m->signal_tx)
+        mv_call(m->tx);
+    return m->wait == MV_BROKEN ? 0 : (int)m->tx_count;
+}
+
+int mv_move(mv_mover *m, uint32_t limit) {
+    mv_guard_install();
+    return move(m, limit);
+}
+
+static int copy(const mv_log *log, place at, uint8_t *data, uint64_t size, bool writing) {
+    if (!writing)
+        return get_bytes(at, data, size), MV_OK;
+    put_bytes(&(place){at.piece, at.offset}, data, size);
+    return log && !log_pieces(NULL, log, at, size) ? MV_LOG : MV_OK;
+}
+
+int mv_copy(const mv_memory *memory, const mv_log *log, const mv_piece *pieces, uint64_t offset, uint8_t *data, uint64_t size,
+            int writing) {
+    int result = MV_OK;
+    mv_guard_install();
+    guard_watch(memory, log, NULL, NULL);
+    GUARDED(result = copy(log, (place){pieces, offset}, data, size, writing), result = MV_MEMORY);
+    return result;
+}
