@@ -37,12 +37,13 @@ def serve(folder: Path, way: str) -> int:
     if pid:
         return pid
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    device, path = MttyDevice(1), folder / way
+    device, path, parent = MttyDevice(1), folder / way, os.getppid()
     server = (
         ParkedServer(device, path, "card", fronts=Fronts(folder / "c")) if way == "front" else VfioUserServer(device, path, "card")
     )
     server.start()
-    signal.sigwait({signal.SIGTERM})
+    while signal.sigtimedwait({signal.SIGTERM}, 1) is None and os.getppid() == parent:
+        pass
     server.close()
     os._exit(0)
 

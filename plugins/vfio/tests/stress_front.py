@@ -1,6 +1,9 @@
 """A client goes on while the process of its device dies, again and again: real processes, real SIGKILLs.
 
 A program beside this module, nursery.py, makes the processes that serve the device; its device counts every access.
+
+Not collected by itself: how far it gets depends on how busy the machine is. Run it alone:
+``./dev test plugins/vfio/tests/stress_front.py``.
 """
 
 import contextlib
@@ -429,8 +432,8 @@ def test_every_byte_once_and_in_order_under_kills(make_nursery, seed):
         killer = threading.Thread(target=_kill_at_random, args=(nursery, load, done, seed, kills))
         killer.start()
         try:
-            end = time.monotonic() + 4
-            while time.monotonic() < end:
+            # By what was done and not by the clock: a machine may stand still for seconds.
+            while load.requests < 4000 or len(kills) < 60:
                 load.step()
         finally:
             done.set()
@@ -441,8 +444,6 @@ def test_every_byte_once_and_in_order_under_kills(make_nursery, seed):
         load.take_ticket()
     facts = f"{load.requests} requests, {load.with_descriptors} with descriptors, {len(kills)} kills"
     sys.stdout.write(f"{facts}, the slowest took {load.worst * 1e3:.0f} ms\n")
-    assert len(kills) > 20
-    assert load.requests > 500
     pauses = [float(text) for text in re.findall(r"goes on after ([\d.]+) ms", nursery.log)]
     assert pauses
     assert max(pauses) < 4500
