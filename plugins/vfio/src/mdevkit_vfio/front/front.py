@@ -71,6 +71,12 @@ def _receive(sock: socket.socket, inbox: Inbox) -> tuple[int, Ancillary, int]:
     return received, ancillary, flags
 
 
+def _hung_up(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
 class Turn:
     """A message of the client's that is not known to be done. Owns its descriptors."""
 
@@ -212,6 +218,9 @@ class Front:
     def _receive_newcomers(self, ready: dict[int, int]) -> None:
         self._reception.attend(ready)
         for newcomer in self._reception.ready:
+            if self._client is not None and _hung_up(self._client):
+                # What it has sent last is still to be read; then it is the newcomer's turn.
+                continue
             if self._client is not None:
                 assert self._attach is not None
                 busy = f"{self._name} is in use by {self._attach.client}"

@@ -2,6 +2,8 @@
 
 The processes are forked from a warmed one, as hosts of the service are (`tests.guests.survivor`). The guest notices nothing: the
 text comes back whole and in order, and neither its kernel nor QEMU says a word.
+
+Not collected by itself yet, as plugins/vfio/tests/stress_front.py: ``./dev test tests/stress_guest_survival.py``.
 """
 
 from __future__ import annotations
