@@ -32,10 +32,12 @@ def test_every_folder_with_a_distribution_is_a_member():
 
 
 def test_every_installed_distribution_of_ours_is_this_checkout():
+    # setuptools leaves an egg-info beside the sources it installs; what is installed is what the environment holds.
+    sources = {ROOT / member / "src" for member in MEMBERS}
     installed = {
         distribution.name: json.loads(distribution.read_text("direct_url.json") or "{}").get("url")
         for distribution in importlib.metadata.distributions()
-        if re.fullmatch(r"mdevkit(-.+)?", distribution.name)
+        if re.fullmatch(r"mdevkit(-.+)?", distribution.name) and Path(distribution.locate_file("")) not in sources
     }
     assert installed == {project["name"]: (ROOT / member).as_uri() for member, project in PROJECTS.items()}
 
