@@ -3,8 +3,11 @@
 import contextlib
 import errno
 import os
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -469,3 +472,65 @@ class Card(PciDevice):
 def make_card(no_leaks):
     """Makes cards."""
     return Card
+
+
+class Nursery:
+    """Processes that serve the one device at `path`, one after the other."""
+
+    def __init__(self, folder, fatal=2):
+        self.folder = folder
+        self.path = folder / "s"
+        self.control = folder / "c"
+        self.pid = 0
+        with (folder / "log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", str(Path(__file__).with_name("nursery.py")), str(self.control), str(self.path), str(fatal)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    @property
+    def log(self):
+        return (self.folder / "log").read_text()
+
+    def start(self):
+        """Start a process; the one before it is dead, or dying."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.pid = int(self.process.stdout.readline())
+        return self.pid
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+
+    def replace(self):
+        self.kill()
+        self.start()
+
+    def end(self):
+        """End the last process as its host would, and see that nothing is left."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def make_nursery(folder, until):
+    nurseries = []
+
+    def make(**options):
+        nursery = Nursery(folder, **options)
+        nurseries.append(nursery)
+        nursery.start()
+        until(nursery.path.exists)
+        return nursery
+
+    yield make
+    for nursery in nurseries:
+        nursery.end()
+        until(lambda nursery=nursery: not nursery.path.exists(), timeout=10)
+        until(lambda nursery=nursery: not nursery.control.exists(), timeout=10)
