@@ -20,6 +20,7 @@ from mdevkit.sockets import Listen, listen_at
 if TYPE_CHECKING:
     from mdevkit.driver import Endpoint
     from mdevkit.parent import MdevType, Parent
+    from mdevkit.registry import Registry
 
 
 class State(StrEnum):
@@ -73,6 +74,8 @@ class Device:
         self.error: MdevError | None = None
         #: For whoever made the device (dev_set_drvdata); core never looks.
         self.drvdata: Any = None
+        #: The registry it lives in: through it a driver adds devices below this one. Set before anybody else sees the device.
+        self.registry: Registry | None = None
         self.suspended = False
         #: Devices below this one, in the order they were added.
         self.children: dict[str, Device] = {}

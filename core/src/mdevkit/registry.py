@@ -376,7 +376,8 @@ class Registry:
         try:
             with Guard(f"{type_}: create failed", type_):
                 mdev = bus.device_class(uuid, type_, checked)
-            mdev.driver_override, mdev.endpoint_path, mdev.listen = override or None, endpoint_path, self.listen
+            mdev.driver_override, mdev.endpoint_path = override or None, endpoint_path
+            mdev.listen, mdev.registry = self.listen, self
             trigger = self._core.trigger
             with ExitStack() as undo:
                 self._build(mdev, undo)
@@ -498,6 +499,7 @@ class Registry:
     def add_device(self, device: Device) -> None:
         """Add a device that is no mdev (device_add): ADD, then a driver is looked for; none is no failure. EEXIST."""
         self.bus(device.bus, device)
+        device.registry = self
         self._core.add_device(device)
 
     def del_device(self, device: Device) -> None:
