@@ -50,6 +50,29 @@ def test_several_pools_all_or_none(fails):
     assert (ports.free, memory.free) == (2, 10)
 
 
+def test_units_set_aside_are_taken_once_and_outlive_their_device(fails):
+    pool = Pool("ports", 2)
+    pool.set_aside(2, "a")
+    assert pool.free == 0
+    reserve({pool: 2}, "a", "T")
+    assert (pool.free, pool.holders) == (0, {"a": 2})
+    release({pool: 2}, "a")
+    assert pool.holders == {"a": 2}
+    assert "a holds 2" in fails(errno.ENOSPC, reserve, {pool: 1}, "b", "T")
+    pool.give_back("a")
+    assert (pool.free, pool.holders) == (2, {})
+
+
+def test_what_cannot_be_set_aside(fails):
+    pool = Pool("ports", 2)
+    reserve({pool: 1}, "a", None)
+    assert fails(errno.EEXIST, pool.set_aside, 1, "a") == "a already holds 1 ports"
+    assert "card: no instance available: 2 of 2 ports wanted, 1 free" in fails(errno.ENOSPC, pool.set_aside, 2, "b", "card")
+    assert fails(errno.EINVAL, pool.set_aside, 0, "b") == "0 ports cannot be set aside: 1 is the least"
+    assert fails(errno.ENOENT, pool.give_back, "a") == "a has no ports set aside"
+    assert pool.holders == {"a": 1}
+
+
 class Watched:
     """A lock that notes when it is taken."""
 

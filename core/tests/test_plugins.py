@@ -6,14 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
-from mdevkit.plugins import driver_line
+from mdevkit.plugins import GROUPS, driver_line
 
 #: What the installed members of this workspace bring would only be in the way.
-OURS = "mdevkit-vfio,mdevkit-mtty,mdevkit-testkit,mdevkit-service"
+OURS = ",".join(sorted({entry.dist.name for group in GROUPS for entry in entry_points(group=group)}))
 
 GOOD = """
     from mdevkit import Bus, Driver, MdevType, ParentOps, hookimpl

@@ -11,10 +11,18 @@ if TYPE_CHECKING:
     from mdevkit.device import Device
 
 #: Class bus to the distribution that brings it and its drivers.
-BUS_PACKAGES: Final = {"mdev": "mdevkit-vfio"}
+BUS_PACKAGES: Final = {
+    "mdev": "mdevkit-vfio",
+    "mdev_virtio": "mdevkit-virtio",
+    "virtio": "mdevkit-virtio",
+    "vdev": "mdevkit-vdev",
+}
 
 #: Distributions with parents, and what they bring.
-PARENT_PACKAGES: Final = {"mdevkit-mtty": "a PCI serial card (types mtty-1, mtty-2)"}
+PARENT_PACKAGES: Final = {
+    "mdevkit-mtty": "a PCI serial card (types mtty-1, mtty-2)",
+    "mdevkit-mvnet": "a virtio network loopback (types mvnet_loopback-virtio, mvnet_loopback-vhost)",
+}
 
 
 def _install(bus: str) -> str:

@@ -44,6 +44,8 @@ class Pool:
         self.capacity = capacity
         self._used = 0
         self._holders: dict[Hashable, int] = {}
+        #: Who has units set aside, whether or not its device exists.
+        self._ahead: set[Hashable] = set()
         self._lock = threading.Lock()
 
     @property
@@ -57,6 +59,36 @@ class Pool:
         with self._lock:
             return dict(self._holders)
 
+    def set_aside(self, units: int, holder: str, subject: Any = None) -> None:
+        """Take units ahead for the device with UUID `holder`, whose creation then takes no more (devlink's port add).
+
+        ENOSPC as for a create; EEXIST if `holder` has units already; EINVAL for less than one.
+        """
+        if units < 1:
+            raise MdevError(errno.EINVAL, f"{units} {self.name} cannot be set aside: 1 is the least", self)
+        with self._lock:
+            if holder in self._holders:
+                raise MdevError(errno.EEXIST, f"{holder} already holds {self._holders[holder]} {self.name}", subject)
+            self._check(units, subject or self)
+            self._hold(units, holder)
+            self._ahead.add(holder)
+
+    def give_back(self, holder: str) -> None:
+        """Undo `set_aside`; the caller sees to it that the device does not exist. ENOENT if nothing is set aside."""
+        with self._lock:
+            if holder not in self._ahead:
+                raise MdevError(errno.ENOENT, f"{holder} has no {self.name} set aside", self)
+            self._ahead.discard(holder)
+            self._used -= self._holders.pop(holder)
+
+    def _check(self, units: int, subject: Any) -> None:
+        if units > self.free:
+            raise MdevError(errno.ENOSPC, f"{subject}: no instance available: {self._shortage(units)}", subject)
+
+    def _hold(self, units: int, holder: Hashable) -> None:
+        self._used += units
+        self._holders[holder] = units
+
     def _shortage(self, units: int) -> str:
         named = [f"{holder} holds {held}" for holder, held in islice(self._holders.items(), 4)]
         if len(self._holders) > len(named):
@@ -66,23 +98,26 @@ class Pool:
 
 
 def reserve(costs: Mapping[Pool, int], holder: Hashable, subject: Any) -> None:
-    """Take units from every pool, or from none: ENOSPC says what is short and who holds it."""
+    """Take units from every pool, or from none: ENOSPC says what is short and who holds it.
+
+    Pools in which `holder` has units set aside have given them already.
+    """
     with ExitStack() as stack:
         for pool in sorted(costs, key=id):
             stack.enter_context(pool._lock)
-        for pool, units in costs.items():
-            if units > pool.free:
-                raise MdevError(errno.ENOSPC, f"{subject}: no instance available: {pool._shortage(units)}", subject)
-        for pool, units in costs.items():
-            pool._used += units
-            pool._holders[holder] = units
+        wanted = {pool: units for pool, units in costs.items() if holder not in pool._ahead}
+        for pool, units in wanted.items():
+            pool._check(units, subject)
+        for pool, units in wanted.items():
+            pool._hold(units, holder)
 
 
 def release(costs: Mapping[Pool, int], holder: Hashable) -> None:
     """Give back what `reserve` took."""
     for pool in costs:
         with pool._lock:
-            pool._used -= pool._holders.pop(holder)
+            if holder not in pool._ahead:
+                pool._used -= pool._holders.pop(holder)
 
 
 @dataclass(eq=False)

@@ -1,0 +1,1 @@
+"""mvnet, a virtio network loopback, as an mdevkit parent."""

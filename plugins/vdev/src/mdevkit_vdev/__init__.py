@@ -1,0 +1,1 @@
+"""The class bus ``vdev``: see `mdevkit_vdev.bus`."""
