@@ -173,7 +173,8 @@ def test_unknown_names_are_told_what_there_is(registry, fails):
 def test_a_registry_without_parents_says_what_to_install(fails):
     with Registry() as registry:
         text = fails(errno.ENODEV, registry.create, "mtty-2")
-        assert text == "there is no type 'mtty-2': no parent is installed (pip install mdevkit-mtty, or mdevkit-mvnet)"
+        hint = "no parent is installed (pip install mdevkit-mtty, for one; `mdevkit types` names others)"
+        assert text == f"there is no type 'mtty-2': {hint}"
         assert fails(errno.ENODEV, registry.parent, "mtty") == "there is no parent 'mtty' (there are: none)"
 
 

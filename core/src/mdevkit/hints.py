@@ -22,6 +22,7 @@ BUS_PACKAGES: Final = {
 PARENT_PACKAGES: Final = {
     "mdevkit-mtty": "a PCI serial card (types mtty-1, mtty-2)",
     "mdevkit-mvnet": "a virtio network loopback (types mvnet_loopback-virtio, mvnet_loopback-vhost)",
+    "mdevkit-subfunction": "a network card with sub-functions (types subfunction-virtio, -mdev, -mlx5)",
 }
 
 
@@ -49,7 +50,7 @@ def _missing(what: str, state: str, bus: str, subject: object, refused: MdevErro
 
 def install_parents() -> str:
     """Return how to get a parent, in brackets."""
-    return f"(pip install {', or '.join(PARENT_PACKAGES)})"
+    return f"(pip install {next(iter(PARENT_PACKAGES))}, for one; `mdevkit types` names others)"
 
 
 def no_parents() -> str:

@@ -93,6 +93,11 @@ class DemoDriver(Driver):
             time.sleep(timeout)  # what a client that does not react costs
             raise MdevError(errno.EBUSY, f"{device} is in use by {client}", device)
 
+    @hookimpl
+    def driver_suspend(self, device: DemoMdev) -> None:
+        if device.values["note"] == "awake":
+            raise MdevError(errno.EBUSY, f"{device} has work to do", device)
+
 
 def _stored(name: str) -> Any:
     def store(mdev: DemoMdev, value: Any) -> None:
@@ -120,6 +125,10 @@ def _crash(mdev: DemoMdev, value: int) -> None:
     _die(value or signal.SIGSEGV)
 
 
+def _assign(mdev: DemoMdev, value: int) -> None:
+    mdev.values["assigned"].append(value)
+
+
 def _plug(mdev: DemoMdev, path: str) -> None:
     """Listen where a user said, with that user's rights."""
     old = mdev.values.pop("listener", None)
@@ -136,14 +145,25 @@ DEVICE_ATTRIBUTES = (
     Attribute("client", Text(), "Who seems to be attached.", _shown("client"), _stored("client")),
     Attribute("line", Text(), "Path of a socket to listen at.", _shown("line"), _plug, create=True, default=""),
     Attribute("serial", Text(), "Read-only.", lambda mdev: f"demo {mdev.uuid}"),
+    Attribute("assign", Int(), "Adds a number to `assigned`, as vfio_ap's assign_adapter does.", store=_assign),
+    Attribute("assigned", Text(), "What has been assigned.", lambda mdev: " ".join(map(str, mdev.values["assigned"]))),
     Attribute("crash", Int(0, 64), "Ends the process by this signal, 0 for SIGSEGV.", store=_crash),
     Attribute("hang", Int(0, 60), "Takes so many seconds.", store=lambda _mdev, value: time.sleep(value)),
 )
 
 
+def _type_attributes() -> tuple[Attribute[Any], ...]:
+    kept = {"weight": 1}
+    return (
+        Attribute("weight", Int(0, 100), "Any number.", lambda _: kept["weight"], lambda _, value: kept.update(weight=value)),
+        Attribute("vendor/revision", Int(), "Read-only, in a folder.", lambda _: 3),
+    )
+
+
 def _types(pool: Pool) -> tuple[MdevType, ...]:
     def make(group: str, costs: Mapping[Pool, int], name: str) -> MdevType:
-        return MdevType(group, "demo", "demo", name, f"{name}\nfor tests", costs, device_attributes=DEVICE_ATTRIBUTES)
+        text, own = f"{name}\nfor tests", _type_attributes()
+        return MdevType(group, "demo", "demo", name, text, costs, own, DEVICE_ATTRIBUTES)
 
     return (
         make("small", {pool: 1}, "Small demo device"),
@@ -185,7 +205,7 @@ class DemoParent(ParentOps):
         if params["note"].startswith("slow "):
             time.sleep(float(params["note"].removeprefix("slow ")))  # a vendor that takes its time
         listener: socket.socket | None = mdev.listen(params["line"]) if params["line"] else None
-        mdev.set_state({**params, "moody": 0, "client": "", "listener": listener})
+        mdev.set_state({**params, "moody": 0, "client": "", "listener": listener, "assigned": []})
 
     @hookimpl
     def parent_remove(self, mdev: DemoMdev) -> None:

@@ -1,0 +1,1 @@
+"""A simulated multi-function network card with an eswitch, divided into sub-functions: see the README."""
