@@ -1,0 +1,1 @@
+"""A simulated Intel IFC VF card, and the parent driver that knows it by its registers alone: see the README."""
