@@ -176,3 +176,22 @@ def test_no_register_minds_any_value(driver, bar):
             region.read_int(offset, size)
     driver.set("device_status", 0)
     driver.start()
+
+
+def test_whole_functions_reach_one_another_through_the_switch(registry, tmp_path):
+    registry.parents[0].set_attribute("forwarding", "switch")
+    for name in "ab":
+        registry.create("ifcvf-vfio_pci", endpoint_path=str(tmp_path / name))
+    first, second = (VirtioPci(str(tmp_path / name)) for name in "ab")
+    try:
+        first.start()
+        second.start()
+        frame = bytes(12) + b"\xff" * 6 + b"\x02\0\0\0\0\x01" + b"\x08\x06" + b"who has" * 10
+        first.memory.data[0x80000 : 0x80000 + len(frame)] = frame
+        second.offer(RX, MEMORY + 0x90000, 2048, 2)
+        first.offer(TX, MEMORY + 0x80000, len(frame), 0)
+        assert second.vectors[1 + RX].wait(SECOND)
+        assert second.memory.data[0x90000 + 12 : 0x90000 + len(frame)] == frame[12:]
+    finally:
+        first.client.close()
+        second.client.close()

@@ -6,6 +6,7 @@ eventfds of ours, and one thread turns them into interrupts: the thread that mov
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import struct
@@ -26,6 +27,8 @@ from mdevkit_ifcvf_sim.model import Function
 if TYPE_CHECKING:
     from mdevkit_virtio.memory import DirtyLog
     from mdevkit_virtio.ops import VirtioOps
+
+log: Final = logging.getLogger("mdevkit.ifcvf_sim")
 
 IDS: Final = PciIds(
     vendor=regs.VENDOR_ID,
@@ -59,6 +62,9 @@ class PciFunction(PciDevice):
             capabilities=[_capability(cfg) for cfg in regs.Cfg],
             name=name,
         )
+
+    def __str__(self) -> str:
+        return self.name
 
     def close(self) -> None:
         """Reset the function and end its thread; nobody uses it afterwards."""
@@ -108,6 +114,10 @@ class PciFunction(PciDevice):
         shared = None
         if region.fd >= 0 and region.readable and region.writable:
             shared = Region(region.fd, region.iova, region.size, offset=region.offset)
+        elif region.fd < 0 and region.writable:
+            log.warning(
+                "%s: the client does not share its memory, so no ring can be there (QEMU: memory-backend-memfd,share=on)", self
+            )
         super().dma_map(region)
         if shared is not None:
             self._map(self._memory.plus(shared))
