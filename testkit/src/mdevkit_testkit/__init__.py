@@ -1,6 +1,6 @@
 """The conformance suite of mdevkit: what a vendor runs on its own plugin.
 
-Subclass `ParentSuite`, and `VfioSuite` for devices of the VFIO class, in a test module and name the parent's factory;
+Subclass `ParentSuite`, and `VfioSuite` or `VirtioSuite` for devices of that class, in a test module and name the parent's factory;
 ``mdevkit plugin check DIST`` does it for an installed distribution. Names are imported when first used: pytest imports this
 package before the tests, and with it coverage, have begun.
 """
@@ -14,14 +14,16 @@ if TYPE_CHECKING:
     from mdevkit_testkit.leaks import Snapshot
     from mdevkit_testkit.suites.parent import ParentSuite
     from mdevkit_testkit.suites.vfio import VfioSuite
+    from mdevkit_testkit.suites.virtio import VirtioSuite
 
 _HOME = {
     "ParentSuite": "mdevkit_testkit.suites.parent",
     "Snapshot": "mdevkit_testkit.leaks",
     "VfioSuite": "mdevkit_testkit.suites.vfio",
+    "VirtioSuite": "mdevkit_testkit.suites.virtio",
 }
 
-__all__ = ["ParentSuite", "Snapshot", "VfioSuite"]
+__all__ = ["ParentSuite", "Snapshot", "VfioSuite", "VirtioSuite"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from mdevkit_testkit.suites.parent import ParentSuite
 VARIABLE = "MDEVKIT_TESTKIT_DISTRIBUTION"
 
 #: Class bus to the suite for its devices; imported when there are such devices, since their class is a package of its own.
-_SUITES = {"mdev": "VfioSuite"}
+_SUITES = {"mdev": "VfioSuite", "mdev_virtio": "VirtioSuite"}
 
 
 def plugins_of(distribution: str, group: str | None = None) -> list[Plugin]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from mdevkit_testkit import ParentSuite, VfioSuite
+from mdevkit_testkit import ParentSuite, VfioSuite, VirtioSuite
 from simple import SimpleParent
+from simple_virtio import EchoParent, exchange
 
 
 class TestSimple(ParentSuite):
@@ -22,6 +23,12 @@ class TestMapped(VfioSuite):
     factory = SimpleParent
     types = ("simple-mapped",)
     expected = ("reset", "msix", "mapped")
+
+
+class TestEcho(VirtioSuite):
+    factory = EchoParent
+    exchange = exchange
+    expected = ("traffic", "config", "writable", "packed", "kick", "log")
 
 
 class TestSeveralParents(ParentSuite):

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from mdevkit_testkit import leaks
 from mdevkit_testkit.suites.vfio import base
+from mdevkit_testkit.suites.virtio import guest
 
 # What these vendors leave behind will never go, and the signals they do not send will never come: no use in waiting long.
 leaks.GRACE = 0.1
-base.PATIENCE = 0.5
+base.PATIENCE = guest.PATIENCE = 0.5
 
 _results: dict[str, dict[str, Any]] = {}
 

@@ -25,8 +25,9 @@ from mdevkit.errors import MdevError
 _FUTEX_NUMBERS: Final = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}
 _FUTEX_WAKE_OP: Final = 5
 _FUTEX_PRIVATE: Final = 128
-#: FUTEX_OP_ADD with FUTEX_OP_OPARG_SHIFT: add 1 << argument.
+#: FUTEX_OP_ADD and FUTEX_OP_ANDN with FUTEX_OP_OPARG_SHIFT: add 1 << argument, clear that bit.
 _OP_ADD_BIT: Final = 1 | 8
+_OP_CLEAR_BIT: Final = 3 | 8
 _OP_ADD: Final = 1
 
 
@@ -113,6 +114,11 @@ def add_to_high_half(host: int, count: int) -> None:
     for bit in range(16):
         if count >> bit & 1:
             _futex_op(host, _OP_ADD_BIT, 16 + bit)
+
+
+def clear_bit(host: int, bit: int) -> None:
+    """Clear one of the 32 bits of the word at `host`, 4-byte aligned, atomically, and be a full barrier."""
+    _futex_op(host, _OP_CLEAR_BIT, bit)
 
 
 def fence() -> None:

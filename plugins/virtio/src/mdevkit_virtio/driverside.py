@@ -13,7 +13,8 @@ import fcntl
 import mmap
 import os
 import struct
-from typing import Final, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
 
 from mdevkit.errors import MdevError
 
@@ -68,23 +69,26 @@ class Segment(NamedTuple):
 class Completion(NamedTuple):
     """A buffer that came back: the token it was added with, and the bytes written into it."""
 
-    token: object
+    token: Any
     length: int
 
 
 class DriverRing:
-    """One virtqueue, driver side, over areas it allocates itself. `make_driver_ring` knows the format."""
+    """One virtqueue, driver side, over areas it allocates itself. `make_driver_ring` knows the format.
 
-    def __init__(self, memory: GuestMemory, num: int, features: Feature = NO_FEATURES) -> None:
+    `alignment` of each area in bytes, 16 at least: a page's keeps what the device writes apart from all else.
+    """
+
+    def __init__(self, memory: GuestMemory, num: int, features: Feature = NO_FEATURES, alignment: int = 16) -> None:
         packed = Feature.RING_PACKED in features
         check_size(num, packed=packed)
         sizes = area_sizes(num, packed=packed)
         self.memory: Final = memory
         self.num: Final = num
         self.features: Final = features
-        self.desc: Final = memory.allocate(sizes[0], 16)
-        self.driver: Final = memory.allocate(sizes[1], 16)
-        self.device: Final = memory.allocate(sizes[2], 16)
+        self.desc: Final = memory.allocate(sizes[0], alignment)
+        self.driver: Final = memory.allocate(sizes[1], alignment)
+        self.device: Final = memory.allocate(sizes[2], alignment)
         self.free = num
         self._desc16: Final = memory.bytes[self.desc : self.desc + sizes[0]].cast("H")
         self._desc64: Final = memory.bytes[self.desc : self.desc + sizes[0]].cast("Q")
@@ -97,10 +101,10 @@ class DriverRing:
         """Make a buffer available; false if the ring has no room for it. The device sees it at once."""
         raise NotImplementedError
 
-    def add_indirect(self, readable: list[Segment], writable: list[Segment], token: object) -> bool:
-        """As `add`, in one descriptor that points to a table this allocates in guest memory."""
+    def add_indirect(self, readable: list[Segment], writable: list[Segment], token: object, table: int | None = None) -> bool:
+        """As `add`, in one descriptor that points to a table: the one at `table`, or a new one in guest memory."""
         segments = [(s, 0) for s in readable] + [(s, int(Desc.WRITE)) for s in writable]
-        table = self.memory.allocate(16 * len(segments))
+        table = self.memory.allocate(16 * len(segments)) if table is None else table
         self._write_table(table, segments)
         return self._add([(Segment(table, 16 * len(segments)), int(Desc.INDIRECT))], token)
 
@@ -108,11 +112,26 @@ class DriverRing:
         """Return what has come back since the last call."""
         raise NotImplementedError
 
+    @property
+    def outstanding(self) -> int:
+        """Buffers that were added and not collected."""
+        raise NotImplementedError
+
+    @property
+    def completed(self) -> int:
+        """How many `collect` would return now; looks, and writes nothing."""
+        raise NotImplementedError
+
     def needs_kick(self) -> bool:
         """Whether the device wants to be told of what was added since the last call."""
         access.fence()
         count, self._unkicked = self._unkicked, 0
         return bool(count) and self._needs_kick(count)
+
+    @property
+    def kick_wanted(self) -> bool:
+        """Whether the device asks for a kick for the next buffer, as it does when it goes to sleep."""
+        raise NotImplementedError
 
     def want_signals(self, wanted: bool) -> None:
         """Ask the device for signals, with EVENT_IDX for one at the next buffer it gives back; look again afterwards."""
@@ -142,8 +161,8 @@ def _chain(readable: list[Segment], writable: list[Segment]) -> list[tuple[Segme
 class SplitDriverRing(DriverRing):
     """A split virtqueue (virtio 1.2, 2.7)."""
 
-    def __init__(self, memory: GuestMemory, num: int, features: Feature = NO_FEATURES) -> None:
-        super().__init__(memory, num, features)
+    def __init__(self, memory: GuestMemory, num: int, features: Feature = NO_FEATURES, alignment: int = 16) -> None:
+        super().__init__(memory, num, features, alignment)
         self._free: Final = list(range(num - 1, -1, -1))
         self._tokens: Final[dict[int, tuple[object, list[int]]]] = {}
         self._used = 0
@@ -190,9 +209,26 @@ class SplitDriverRing(DriverRing):
             self._used = (self._used + 1) & 0xFFFF
         return done
 
+    @property
+    def outstanding(self) -> int:
+        """As `DriverRing.outstanding`."""
+        return len(self._tokens)
+
+    @property
+    def completed(self) -> int:
+        """As `DriverRing.completed`."""
+        return (self._device16[1] - self._used) & 0xFFFF
+
     def _needs_kick(self, count: int) -> bool:
         if self._event_idx:
             return passed(self._device16[2 + 4 * self.num], self._avail, count)
+        return not self._device16[0] & 1
+
+    @property
+    def kick_wanted(self) -> bool:
+        """As `DriverRing.kick_wanted`."""
+        if self._event_idx:
+            return self._device16[2 + 4 * self.num] == self._avail
         return not self._device16[0] & 1
 
     def want_signals(self, wanted: bool) -> None:
@@ -207,8 +243,8 @@ class SplitDriverRing(DriverRing):
 class PackedDriverRing(DriverRing):
     """A packed virtqueue (virtio 1.2, 2.8)."""
 
-    def __init__(self, memory: GuestMemory, num: int, features: Feature = NO_FEATURES) -> None:
-        super().__init__(memory, num, features)
+    def __init__(self, memory: GuestMemory, num: int, features: Feature = NO_FEATURES, alignment: int = 16) -> None:
+        super().__init__(memory, num, features, alignment)
         self._tokens: Final[dict[int, tuple[object, int]]] = {}
         self._ids: Final = list(range(num - 1, -1, -1))
         self._at, self._wrap = 0, True
@@ -246,29 +282,45 @@ class PackedDriverRing(DriverRing):
 
     def collect(self) -> list[Completion]:
         """As `DriverRing.collect`."""
+        found = list(self._used_ids())
         done = []
-        while self._is_used(self._desc16[8 * self._used + 7]):
-            word = self._desc64[2 * self._used + 1]
-            length = word & 0xFFFFFFFF
-            for identifier in self._batch(word >> 32 & 0xFFFF):
-                token, slots = self._tokens.pop(identifier)
-                self._ids.append(identifier)
-                self.free += slots
-                done.append(Completion(token, length))
-                self._used += slots
-                if self._used >= self.num:
-                    self._used, self._used_wrap = self._used - self.num, not self._used_wrap
+        for identifier, length in found:
+            token, slots = self._tokens.pop(identifier)
+            self._ids.append(identifier)
+            self.free += slots
+            done.append(Completion(token, length))
+            self._used, self._used_wrap = self._behind(self._used, self._used_wrap, slots)
         return done
 
-    def _batch(self, last: int) -> list[int]:
-        """Return the ids a used descriptor stands for: with IN_ORDER all up to its own, in the order they were added (2.8.9)."""
-        if Feature.IN_ORDER not in self.features:
-            return [last]
-        ids = list(self._tokens)
-        return ids[: ids.index(last) + 1]
+    @property
+    def outstanding(self) -> int:
+        """As `DriverRing.outstanding`."""
+        return len(self._tokens)
 
-    def _is_used(self, flags: int) -> bool:
-        return bool(flags & Desc.AVAIL) == bool(flags & Desc.USED) == self._used_wrap
+    @property
+    def completed(self) -> int:
+        """As `DriverRing.completed`."""
+        return len(list(self._used_ids()))
+
+    def _used_ids(self) -> Iterator[tuple[int, int]]:
+        """Look through used descriptors and yield the id and the length of each buffer they stand for."""
+        at, wrap = self._used, self._used_wrap
+        waiting = list(self._tokens) if Feature.IN_ORDER in self.features else []
+        while self._is_used(self._desc16[8 * at + 7], wrap):
+            word = self._desc64[2 * at + 1]
+            last = word >> 32 & 0xFFFF
+            # With IN_ORDER all up to that one, in the order they were added (2.8.9).
+            batch = waiting[: waiting.index(last) + 1] if waiting else [last]
+            del waiting[: len(batch)]
+            for identifier in batch:
+                yield identifier, word & 0xFFFFFFFF
+                at, wrap = self._behind(at, wrap, self._tokens[identifier][1])
+
+    def _behind(self, at: int, wrap: bool, slots: int) -> tuple[int, bool]:
+        return (at + slots, wrap) if at + slots < self.num else (at + slots - self.num, not wrap)
+
+    def _is_used(self, flags: int, wrap: bool) -> bool:
+        return bool(flags & Desc.AVAIL) == bool(flags & Desc.USED) == wrap
 
     def _needs_kick(self, count: int) -> bool:
         where, flags = self._device16[0], self._device16[1] & 3
@@ -279,6 +331,14 @@ class PackedDriverRing(DriverRing):
             event -= self.num
         return passed(event, self._at, count)
 
+    @property
+    def kick_wanted(self) -> bool:
+        """As `DriverRing.kick_wanted`."""
+        where, flags = self._device16[0], self._device16[1] & 3
+        if flags != Event.DESC or not self._event_idx:
+            return bool(flags == Event.ENABLE)
+        return bool(where == self._at | self._wrap << 15)
+
     def want_signals(self, wanted: bool) -> None:
         """As `DriverRing.want_signals`."""
         if self._event_idx and wanted:
@@ -288,6 +348,6 @@ class PackedDriverRing(DriverRing):
         access.fence()
 
 
-def make_driver_ring(memory: GuestMemory, num: int, features: Feature = NO_FEATURES) -> DriverRing:
+def make_driver_ring(memory: GuestMemory, num: int, features: Feature = NO_FEATURES, alignment: int = 16) -> DriverRing:
     """Return a ring in the format the features say; EINVAL for a size that format does not allow."""
-    return (PackedDriverRing if Feature.RING_PACKED in features else SplitDriverRing)(memory, num, features)
+    return (PackedDriverRing if Feature.RING_PACKED in features else SplitDriverRing)(memory, num, features, alignment)

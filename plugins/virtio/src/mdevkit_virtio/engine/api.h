@@ -37,15 +37,13 @@ typedef struct {
     const mv_log *log;               /* or null */
     uint8_t *desc, *driver, *device; /* the three areas, aligned as the specification demands */
     uint64_t desc_guest, device_guest; /* where the log finds what we write of the ring */
-    uint32_t num;
+    uint32_t num, hint;              /* descriptors; the region hit last */
     uint8_t packed, event_idx, indirect, in_order, log_ring;
-    uint32_t hint;                   /* the region hit last */
     uint16_t avail, used, seen;      /* next to take, next to give back; the driver's index when last looked at */
     uint8_t avail_wrap, used_wrap;
     uint32_t inflight;               /* slots taken and not given back */
     uint32_t unsignalled;            /* slots given back since the driver's wish was last looked at */
-    uint32_t fault;
-    uint64_t fault_value;
+    uint64_t fault, fault_value;
     int kick_fd, call_fd;            /* or -1 */
     uint64_t kicks, calls;
 } mv_queue;

@@ -81,13 +81,11 @@ int mv_run(mv_loop *loop) {
         if (unlikely(stopped(loop) || halted))
             return !stopped(loop);
         uint64_t now = moved ? 0 : now_ns();
-        if (moved || !idle_since) {
+        if (moved || !idle_since)
             idle_since = now;
-        } else if (now - idle_since < loop->spin_ns) {
+        else if (now - idle_since < loop->spin_ns)
             relax();
-        } else {
-            sleep_on_kicks(loop);
-            idle_since = 0;
-        }
+        else
+            sleep_on_kicks(loop), idle_since = 0;
     }
 }

@@ -18,8 +18,7 @@ static inline void normalize(place *p) {
 
 /* As memmove, inline for small frames, which are most of the work: two blocks that overlap instead of a call. Both are read
  * before either is written, for a hostile driver may let the two ranges overlap. */
-typedef uint8_t block16 __attribute__((vector_size(16), aligned(1), may_alias));
-typedef struct { block16 a, b; } block32;
+typedef uint8_t block32 __attribute__((vector_size(32), aligned(1), may_alias));
 typedef struct { block32 a, b; } block64;
 
 #define TWO_BLOCKS(type)                                                                               \
@@ -30,14 +29,12 @@ typedef struct { block32 a, b; } block64;
     } while (0)
 
 static inline void copy_bytes(uint8_t *to, const uint8_t *from, uint64_t n) {
-    if (n > 128 || n < 16)
+    if (n > 128 || n < 32)
         memmove(to, from, n);
     else if (n > 64)
         TWO_BLOCKS(block64);
-    else if (n > 32)
-        TWO_BLOCKS(block32);
     else
-        TWO_BLOCKS(block16);
+        TWO_BLOCKS(block32);
 }
 
 /* Both places have room for `n`. */
@@ -45,9 +42,7 @@ static inline void copy_frame(place *to, place *from, uint64_t n) {
     while (n) {
         normalize(to);
         normalize(from);
-        uint64_t part = to->piece->length - to->offset, source = from->piece->length - from->offset;
-        part = part < source ? part : source;
-        part = part < n ? part : n;
+        uint64_t part = least(n, least(to->piece->length - to->offset, from->piece->length - from->offset));
         copy_bytes(to->piece->host + to->offset, from->piece->host + from->offset, part);
         to->offset += part;
         from->offset += part;
@@ -78,38 +73,54 @@ static inline void write_header(place *to, const uint8_t *header, uint32_t size)
 static bool log_pieces(mv_queue *q, const mv_log *log, place at, uint64_t length) {
     for (uint64_t part; length; at.offset += part, length -= part) {
         normalize(&at);
-        part = at.piece->length - at.offset < length ? at.piece->length - at.offset : length;
+        part = least(length, at.piece->length - at.offset);
         if (!mv_log_range(q, log, at.piece->guest + at.offset, part))
             return false;
     }
     return true;
 }
 
-/* Fetches the beginning of what is copied some frames later; the processor sees the rest coming. Most buffers are one piece.
- * Beyond the last piece there are old ones: fetching in vain harms nobody. */
-static inline void prefetch(const mv_piece *piece, bool writing) {
-    for (const uint8_t *at = piece->host; at <= piece->host + 64; at += 64)
-        writing ? __builtin_prefetch(at, 1) : __builtin_prefetch(at);
+/* What becomes of a frame, besides the reasons a burst ends for: MV_MORE if it is moved. */
+enum { TOO_LARGE = 100, FETCH = 1536 };
+
+/* A burst: how many slots it uses up, how far receive buffers are looked up, the pieces of the next one, how many frames
+ * there are still, and how long the next is. */
+typedef struct { mv_cursor scan; uint32_t tx_slots, rx_slots, frames, ahead; const mv_piece *pieces; } bursting;
+
+/* Fetches the next frame, or where it goes, while this one is copied. Behind the last there is an old address or none, which harms
+ * nobody; so it is a number and no pointer. */
+static inline void prefetch(uintptr_t at, uint32_t length, bool writing) {
+    for (const uintptr_t end = at + least(length, FETCH); at < end; at += 64)
+        writing ? __builtin_prefetch((void *)at, 1) : __builtin_prefetch((void *)at);
 }
 
-/* What became of a frame, besides the reasons a burst ends for: MV_MORE if it was moved. */
-enum { TOO_LARGE = 100 };
+/* Drivers fetch the beginning of a frame that comes, so the line has to be taken from them before the next can be written there.
+ * A store does that, which changes nothing; many in a row do it at once. A prefetch would be content with a shared line. */
+static void claim_buffers(const mv_mover *m) {
+    const mv_piece *piece = m->rx_pieces;
+    for (uint32_t i = 0; i < m->staged; piece += m->rx_chains[i++].pieces) {
+        volatile uint8_t *start = piece->host;
+        if (!m->rx_chains[i].readable_pieces && m->rx_chains[i].writable && piece->length > m->rx_header)
+            start[m->rx_header] = start[m->rx_header];
+    }
+}
 
-/* A burst: where each queue is when it is done, how far receive buffers were looked up, and for how many frames. */
-typedef struct { mv_cursor tx, rx, scan; const mv_piece *pieces; uint32_t frames; } bursting;
-/* The next receive buffer; many are looked up together, so that the caches can fetch them while others are filled. */
+/* The next receive buffer; many are looked up together. */
 static inline const mv_chain *next_buffer(mv_mover *m, bursting *b) {
     if (m->next == m->staged) {
         m->staged = take(m->rx, &b->scan, b->frames, m->rx_chains, m->rx_pieces);
         m->next = 0;
         b->pieces = m->rx_pieces;
-        for (uint32_t i = 0; i < MV_AHEAD; i++)
-            prefetch(b->pieces + i, true);
+        claim_buffers(m);
         if (!m->staged)
             return NULL;
     }
-    prefetch(b->pieces + MV_AHEAD, true);
-    return &m->rx_chains[m->next++];
+    const mv_chain *chain = &m->rx_chains[m->next++];
+    const uintptr_t next = (uintptr_t)b->pieces[chain->pieces].host;
+    /* The header is read: mostly it is as it should be already, and then the driver keeps its copy of that line. */
+    __builtin_prefetch((void *)next);
+    prefetch(next + m->rx_header, b->ahead, true);
+    return chain;
 }
 
 /* Writes `length` bytes from `from`, behind a header, into receive buffers; their used entries go to the end of rx_used. */
@@ -139,7 +150,7 @@ static inline uint32_t deliver(mv_mover *m, bursting *b, place from, uint32_t le
         if (unlikely(rx->log) && !log_pieces(rx, rx->log, start, before + part))
             return MV_BROKEN;
         used[buffers++] = (mv_used){chain->id, before + part, chain->slots};
-        step(rx, &b->rx, chain->slots);
+        b->rx_slots += chain->slots;
         left -= part;
     } while (left);
     m->rx_count += buffers;
@@ -157,7 +168,7 @@ static inline bool move_frame(mv_mover *m, bursting *b, const mv_chain *chain, c
         return true;
     }
     uint32_t length = chain->readable - m->tx_header;
-    const mv_cursor before = b->rx;
+    const uint32_t before = b->rx_slots;
     uint32_t result = m->rx ? MV_MORE : MV_FULL;
     if (unlikely(length > MV_FRAME)) {
         result = TOO_LARGE;
@@ -172,7 +183,8 @@ static inline bool move_frame(mv_mover *m, bursting *b, const mv_chain *chain, c
         return true;
     }
     /* Buffers that were looked at are looked up anew. */
-    b->rx = b->scan = before;
+    if (m->rx)
+        b->scan = cursor_of(m->rx), step(m->rx, &b->scan, b->rx_slots = before);
     m->staged = m->next = 0;
     m->done.oversize += result == TOO_LARGE;
     m->done.dropped += result == MV_FULL && m->drop;
@@ -182,28 +194,26 @@ static inline bool move_frame(mv_mover *m, bursting *b, const mv_chain *chain, c
     return false;
 }
 
-static void give_back(mv_mover *m, mv_queue *q, const mv_cursor *c, const mv_used *used, uint32_t count) {
-    commit(q, c);
+static void give_back(mv_mover *m, mv_queue *q, uint32_t slots, const mv_used *used, uint32_t count) {
+    commit(q, slots);
     if (!mv_publish(q, used, count))
         m->wait = MV_BROKEN;
     atomic_signal_fence(memory_order_seq_cst);
 }
 
 static void burst(mv_mover *m, uint32_t limit) {
-    bursting b = {.tx = cursor_of(m->tx), .rx = m->rx ? cursor_of(m->rx) : (mv_cursor){0}};
-    mv_cursor scan = b.tx;
-    b.scan = b.rx;
-    const mv_piece *pieces = m->tx_pieces;
-    uint32_t count = take(m->tx, &scan, limit, m->tx_chains, m->tx_pieces);
+    mv_cursor scan = cursor_of(m->tx);
+    bursting b = {.scan = m->rx ? cursor_of(m->rx) : scan};
+    const uint32_t count = take(m->tx, &scan, limit, m->tx_chains, m->tx_pieces);
+    const mv_chain *chain = m->tx_chains;
     m->wait = count ? MV_MORE : m->tx->fault ? MV_BROKEN : MV_EMPTY;
-    for (uint32_t i = 0; i < MV_AHEAD; i++)
-        prefetch(pieces + i, false);
-    for (const mv_chain *chain = m->tx_chains; m->tx_count < count && m->rx_count < MV_BURST; pieces += chain++->pieces) {
+    for (const mv_piece *pieces = m->tx_pieces; m->tx_count < count && m->rx_count < MV_BURST; pieces += chain++->pieces) {
         b.frames = count - m->tx_count;
-        prefetch(pieces + MV_AHEAD, false);
+        b.ahead = b.frames > 1 ? chain[1].readable : 0;
+        prefetch((uintptr_t)pieces[chain->pieces].host, b.ahead, false);
         if (!move_frame(m, &b, chain, pieces))
             break;
-        step(m->tx, &b.tx, chain->slots);
+        b.tx_slots += chain->slots;
         m->tx_used[m->tx_count++] = (mv_used){chain->id, 0, chain->slots};
     }
     if (!m->tx_count)
@@ -214,8 +224,8 @@ static void burst(mv_mover *m, uint32_t limit) {
         broken(m->rx, MV_OK, 0);
     }
     if (m->rx_count)
-        give_back(m, m->rx, &b.rx, m->rx_used, m->rx_count);
-    give_back(m, m->tx, &b.tx, m->tx_used, m->tx_count);
+        give_back(m, m->rx, b.rx_slots, m->rx_used, m->rx_count);
+    give_back(m, m->tx, b.tx_slots, m->tx_used, m->tx_count);
     full_fence();
     m->signal_rx = m->rx && m->rx_count && mv_wants_signal(m->rx);
     m->signal_tx = mv_wants_signal(m->tx);

@@ -32,8 +32,7 @@ static int add_range(mv_queue *q, mv_chain *chain, mv_piece *pieces, uint64_t gu
             return broken(q, MV_ADDRESS, guest);
         if (unlikely(chain->pieces == MV_PIECES))
             return broken(q, MV_LENGTH, MV_PIECES);
-        uint64_t offset = guest - r->guest, part = r->size - offset;
-        part = part < length ? part : length;
+        uint64_t offset = guest - r->guest, part = least(length, r->size - offset);
         pieces[chain->pieces++] = (mv_piece){guest, r->host + offset, part};
         guest += part;
         length -= part;
@@ -224,33 +223,36 @@ static bool log_used(mv_queue *q, const uint8_t *area, uint64_t guest, const uin
 
 static bool publish_split(mv_queue *q, const mv_used *used, uint32_t count) {
     for (uint32_t i = 0; i < count; i++) {
-        const uint32_t entry[2] = {used[i].id, used[i].length};
-        uint8_t *at = used_entry(q, q->used++);
+        const uint64_t entry = used[i].id | (uint64_t)used[i].length << 32;
+        uint8_t *at = used_entry(q, (uint16_t)(q->used + i));
         /* In rings that go round evenly it is the same every time; a line not written to stays in the driver's cache. */
-        if (memcmp(at, entry, sizeof entry))
-            memcpy(at, entry, sizeof entry);
+        if (memcmp(at, &entry, sizeof entry))
+            memcpy(at, &entry, sizeof entry);
         if (unlikely(!log_used(q, q->device, q->device_guest, at, sizeof entry)))
             return false;
     }
+    q->used = (uint16_t)(q->used + count);
     release16(q->device + 2, q->used);
     return log_used(q, q->device, q->device_guest, q->device, 4);
 }
 
 /* The flags of the first entry are written last: until then the driver sees none of them (2.8.21). */
 static bool publish_packed(mv_queue *q, const mv_used *used, uint32_t count) {
-    uint16_t first = q->used, first_flags = 0;
+    uint16_t next = q->used, first_flags = 0;
+    uint8_t *first = packed_entry(q, next), wrap = q->used_wrap;
     for (uint32_t i = 0; i < count; i++) {
-        uint8_t *at = packed_entry(q, q->used);
-        uint16_t flags = (q->used_wrap ? F_AVAIL | F_USED : 0) | (used[i].length ? F_WRITE : 0);
-        const struct { uint32_t length; uint16_t id, flags; } entry = {used[i].length, (uint16_t)used[i].id, flags};
+        uint8_t *at = packed_entry(q, next);
+        const uint16_t flags = (wrap ? F_AVAIL | F_USED : 0) | (used[i].length ? F_WRITE : 0);
+        const uint64_t entry = used[i].length | (uint64_t)(used[i].id & 0xffff) << 32 | (uint64_t)flags << 48;
         memcpy(at + 8, &entry, i ? 8 : 6);
         first_flags = i ? first_flags : flags;
         if (unlikely(!log_used(q, q->desc, q->desc_guest, at, 16)))
             return false;
-        move_on(q, &q->used, &q->used_wrap, used[i].slots);
+        move_on(q, &next, &wrap, used[i].slots);
     }
-    release16(packed_entry(q, first) + 14, first_flags);
-    return log_used(q, q->desc, q->desc_guest, packed_entry(q, first) + 14, 2);
+    q->used = next, q->used_wrap = wrap;
+    release16(first + 14, first_flags);
+    return log_used(q, q->desc, q->desc_guest, first + 14, 2);
 }
 
 /* Writes used entries and makes them visible; false if the dirty log cannot hold them. */
@@ -286,7 +288,7 @@ static bool mv_wants_signal(mv_queue *q) {
             return (word >> 16 & 3) == EVENT_ENABLE;
         event = (uint16_t)((word & 0x7fff) - ((word >> 15 & 1) == q->used_wrap ? 0 : q->num));
     } else if (q->event_idx) {
-        event = load16(used_event(q));
+        event = load16(q->driver + 4 + 2 * (size_t)q->num); /* used_event: 2.7.7 */
     } else {
         return !(load16(q->driver) & NO_INTERRUPT);
     }
@@ -310,7 +312,7 @@ static bool set_wish(mv_queue *q, bool wanted) {
             store16(at, q->avail | (uint16_t)(q->avail_wrap << 15));
         release16(at + 2, !wanted ? EVENT_DISABLE : q->event_idx ? EVENT_DESC : EVENT_ENABLE);
     } else if (q->event_idx) {
-        store16(at = avail_event(q), q->avail);
+        store16(at = used_entry(q, 0) + 8 * (size_t)q->num, q->avail); /* avail_event: 2.7.9 */
     } else {
         store16(at, wanted ? 0 : NO_NOTIFY);
     }
@@ -354,7 +356,7 @@ int mv_take(mv_queue *q, uint32_t limit, mv_chain *chains, mv_piece *pieces) {
     GUARDED(count = (int)take(q, &c, limit, chains, pieces), broken(q, MV_MEMORY, 0));
     if (q->fault)
         return 0;
-    commit(q, &c);
+    commit(q, c.taken);
     return count;
 }
 

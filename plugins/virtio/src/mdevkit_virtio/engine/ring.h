@@ -26,6 +26,7 @@ typedef struct { uint64_t addr; uint32_t len; uint16_t id, flags; } packed_desc;
 /* Where a burst stands, before it is committed to the queue. */
 typedef struct { uint32_t taken; uint16_t avail; uint8_t wrap; } mv_cursor;
 
+static inline uint64_t least(uint64_t a, uint64_t b) { return a < b ? a : b; }
 static inline uint16_t load16(const void *at) { return atomic_load_explicit((const _Atomic uint16_t *)at, memory_order_relaxed); }
 static inline uint16_t acquire16(const void *at) { return atomic_load_explicit((const _Atomic uint16_t *)at, memory_order_acquire); }
 static inline void store16(void *at, uint16_t v) { atomic_store_explicit((_Atomic uint16_t *)at, v, memory_order_relaxed); }
@@ -45,9 +46,7 @@ static inline int broken(mv_queue *q, uint32_t fault, uint64_t value) {
 }
 
 static inline uint8_t *avail_entry(const mv_queue *q, uint16_t at) { return q->driver + 4 + 2 * (size_t)(at & (q->num - 1)); }
-static inline uint8_t *used_event(const mv_queue *q) { return q->driver + 4 + 2 * (size_t)q->num; }
 static inline uint8_t *used_entry(const mv_queue *q, uint16_t at) { return q->device + 4 + 8 * (size_t)(at & (q->num - 1)); }
-static inline uint8_t *avail_event(const mv_queue *q) { return q->device + 4 + 8 * (size_t)q->num; }
 static inline uint8_t *packed_entry(const mv_queue *q, uint32_t at) { return q->desc + 16 * (size_t)at; }
 
 static inline mv_cursor cursor_of(const mv_queue *q) { return (mv_cursor){0, q->avail, q->avail_wrap}; }
@@ -64,10 +63,9 @@ static inline void step(const mv_queue *q, mv_cursor *c, uint32_t slots) {
     move_on(q, &c->avail, &c->wrap, slots);
 }
 
-static inline void commit(mv_queue *q, const mv_cursor *c) {
-    q->avail = c->avail;
-    q->avail_wrap = c->wrap;
-    q->inflight += c->taken;
+static inline void commit(mv_queue *q, uint32_t slots) {
+    q->inflight += slots;
+    move_on(q, &q->avail, &q->avail_wrap, slots);
 }
 
 /* The bits of a packed descriptor's flags say whose it is: 2.8.1. */
