@@ -5,7 +5,9 @@
 * create and remove of a device against GET /v1/version, on one connection, beside few devices and beside many;
 * the list of 10, 100 and 1,000 devices, and the slope per device;
 * how long after a create its event arrives;
-* ``mdevkit list`` and ``mdevkit types``, whole processes, against ``python -c pass``.
+* ``mdevkit list``, ``types`` and ``show``, whole processes, against ``python -c pass``;
+* where mdevctl 1.4 and FUSE are here (``./dev guests``): the same questions, and a start and a stop, put to mdevctl itself on the
+  mounted tree, to mdevkit-mdevctl and to mdevkit, beside few devices and beside many.
 """
 
 from __future__ import annotations
@@ -20,6 +22,10 @@ import time
 from pathlib import Path
 
 from mdevkit.client import Client
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.mdevctl import OURS, REAL, MissingError, World, check_fuse, find_program
 
 PARENTS = Path(__file__).parents[1] / "tests" / "parents"
 MDEVKIT = Path(sys.executable).with_name("mdevkit")
@@ -83,6 +89,33 @@ def event_latency(client, watcher):
     return statistics.median(taken)
 
 
+def on_one_tree(folder, sizes):
+    """Ask mdevctl and what takes its place the same, of the same devices."""
+    uuid = "0a2f9f7c-1c1b-4a58-9c67-6a6d6ff1a00c"
+    ours = find_program(OURS)
+    with World(REAL, folder) as world:
+        world.define(uuid, "demo0", "demo-small")
+        for size in sizes:
+            for _ in range(size - len(world.client.get("/v1/devices"))):
+                world.client.post("/v1/devices", {"type": "demo-many"})
+            commands = {}
+            for what in ("list", "types"):
+                commands |= {
+                    f"mdevctl {what}": [*world.program, what],
+                    f"mdevkit-mdevctl {what}": [*ours, what],
+                    f"mdevkit {what}": [MDEVKIT, what],
+                }
+            best = processes(commands, world.environment, rounds=7)
+            for name, seconds in best.items():
+                line(f"{name} ({size})", seconds, best[f"mdevctl {name.split()[1]}"], "mdevctl")
+            base = None
+            for program in (world.program, ours):
+                both = [[*program, "start", "-u", uuid], [*program, "stop", "-u", uuid]]
+                seconds = timed(lambda both=both: [subprocess.run(each, env=world.environment, check=True) for each in both], 9)
+                base = base or seconds
+                line(f"{'mdevctl' if base is seconds else OURS} start+stop ({size})", seconds, base, "mdevctl")
+
+
 def main():
     devices = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
     # In memory, where systemd and XDG have the runtime folder.
@@ -114,6 +147,13 @@ def main():
                 line("create until its event is read", event_latency(client, watcher), version, "GET version")
             finally:
                 subprocess.run([MDEVKIT, "service", "stop", "--remove", "--force"], env=environment, check=True)
+
+    try:
+        check_fuse()
+        with tempfile.TemporaryDirectory(dir=memory) as folder:
+            on_one_tree(Path(folder), [10, devices // 10, devices])
+    except MissingError as error:
+        print(f"without mdevctl: {error}")
 
 
 if __name__ == "__main__":

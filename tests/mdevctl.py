@@ -13,11 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import pytest
 from mdevkit.client import Client
 from mdevkit.errors import MdevError
 
@@ -100,6 +102,19 @@ def wait_until(true, what):
             raise AssertionError(f"{what} did not happen")
         time.sleep(0.02)
     return found
+
+
+@contextmanager
+def open_world(program: str, folder: Path) -> Iterator[World]:
+    """Yield a `World` of a program; where something is missing the test is skipped with the command that gets it."""
+    try:
+        find_program(program)
+        if program == REAL:
+            check_fuse()
+    except MissingError as error:
+        pytest.skip(str(error))
+    with World(program, folder) as world:
+        yield world
 
 
 class World:

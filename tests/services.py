@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import site
 import subprocess
 import sys
 import time
@@ -36,6 +37,30 @@ def alive(pid):
         return False
 
 
+def interpreter(venv):
+    """Make an environment in which the tests' parents are installed: a system's service does not look at PYTHONPATH.
+
+    Other users must be able to run it, which they are not where root's Python is in root's home; FileNotFoundError says so.
+    """
+    minor = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    usable = [path for path in (Path(sys.executable).resolve(), Path("/usr/bin", minor)) if path.exists() and _reachable(path)]
+    if not usable:
+        raise FileNotFoundError(f"needs a Python {minor} that other users can run: apt-get install {minor}")
+    packages = venv / "lib" / minor / "site-packages"
+    packages.mkdir(parents=True)
+    (venv / "bin").mkdir()
+    (venv / "bin" / "python").symlink_to(usable[0])
+    (venv / "pyvenv.cfg").write_text(f"home = {usable[0].parent}\n")
+    folders = [*site.getsitepackages(), str(PARENTS)]
+    (packages / "all.pth").write_text("".join(f"import site; site.addsitedir({folder!r})\n" for folder in folders))
+    return str(venv / "bin" / "python")
+
+
+def _reachable(path):
+    """Whether everybody may go to a file."""
+    return all(folder.stat().st_mode & 0o001 for folder in path.parents)
+
+
 class Running:
     """The service under test. It is started by `start`, or by the first `client`."""
 
@@ -53,6 +78,8 @@ class Running:
         }
         self.arguments = []
         self.python = sys.executable
+        #: A program that starts the service, with its arguments.
+        self.prefix = []
         self.process = None
         self._clients = []
 
@@ -62,7 +89,7 @@ class Running:
         self.runtime.mkdir(mode=0o700, exist_ok=True)
         with (self.runtime / "control.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [self.python, "-P", "-m", "mdevkit_service", "--socket", self.socket, *self.arguments],
+                [*self.prefix, self.python, "-P", "-m", "mdevkit_service", "--socket", self.socket, *self.arguments],
                 env=self.environment,
                 stdout=log,
                 stderr=log,
@@ -98,12 +125,13 @@ class Running:
         """Key to process id, by the locks."""
         found = {}
         for lock in (self.runtime / "hosts").glob("*.lock"):
-            pid, _, key = lock.read_text().strip().partition(" ")
-            with lock.open() as file:
+            with suppress(FileNotFoundError), lock.open() as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    found[key] = int(pid)
+                    pid, _, key = file.read().strip().partition(" ")
+                    if pid:  # else it has just been locked
+                        found[key] = int(pid)
         return found
 
     def kill_service(self):

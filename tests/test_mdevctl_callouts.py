@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.mdevctl import OURS, REAL, MissingError, World, check_fuse, find_program
+from tests.mdevctl import OURS, REAL, open_world
 
 P, Q, T, BIG, MANY = "demo0", "demo1", "demo-small", "demo-big", "demo-many"
 A, B = (f"0a2f9f7c-1c1b-4a58-9c67-6a6d6ff1a00{digit}" for digit in "ab")
@@ -42,13 +42,7 @@ def versioned(body="exit 0", **changes):
 
 @pytest.fixture(scope="module", params=[OURS, REAL])
 def shared_world(request, tmp_path_factory):
-    try:
-        find_program(request.param)
-        if request.param == REAL:
-            check_fuse()
-    except MissingError as error:
-        pytest.skip(str(error))
-    with World(request.param, tmp_path_factory.mktemp("w")) as world:
+    with open_world(request.param, tmp_path_factory.mktemp("w")) as world:
         yield world
 
 

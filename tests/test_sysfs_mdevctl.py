@@ -16,19 +16,14 @@ from uuid import uuid4
 
 import pytest
 
-from tests.mdevctl import REAL, MissingError, World, check_fuse, find_program
+from tests.mdevctl import REAL, open_world
 
 A, B, C = (f"5e5f5000-1c1b-4a58-9c67-6a6d6ff1a00{digit}" for digit in "abc")
 
 
 @pytest.fixture(scope="module")
 def shared_world(tmp_path_factory):
-    try:
-        find_program(REAL)
-        check_fuse()
-    except MissingError as error:
-        pytest.skip(str(error))
-    with World(REAL, tmp_path_factory.mktemp("w")) as world:
+    with open_world(REAL, tmp_path_factory.mktemp("w")) as world:
         yield world
 
 

@@ -81,6 +81,12 @@ def test_values_that_are_wrong_are_told_what_is_accepted(kind, value, text, fail
     assert sentence(kind, value, fails) == f"attribute value: {text}"
 
 
+@pytest.mark.parametrize("ways", [{}, {"show": int, "store": print}])
+def test_a_counter_is_there_to_be_read(ways):
+    with pytest.raises(ValueError, match="attribute frames: a counter is there to be read"):
+        Attribute("frames", Int(), "Frames sent.", counter=True, **ways)
+
+
 @pytest.mark.parametrize("value", ["9" * 10_000, "0x" + "f" * 1_000_000, "x" * 10_000_000])
 @pytest.mark.parametrize("kind", [Int(0, 9), Bool(), Choice(("fast",)), Text(longest=9)])
 def test_a_huge_value_makes_a_short_error(kind, value, fails):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+from ctypes.util import find_library
 
 import pytest
 from mdevkit.errors import MdevError
 
 from tests.services import Running
+from tests.sysfs import Mount
 
 
 @pytest.fixture
@@ -67,3 +70,57 @@ def problem_of(service):
             return status, fields, json.loads(data) if data else None
 
     return send
+
+
+# -- the tree of sysfs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def fuse():
+    """Skip without FUSE."""
+    missing = not os.access("/dev/fuse", os.W_OK) or not (find_library("fuse3") or find_library("fuse"))
+    if missing or os.geteuid() != 0:
+        pytest.skip("FUSE and root are needed: apt-get install fuse3 libfuse3-3")
+
+
+@pytest.fixture
+def mounts(service, fuse, tmp_path):
+    """Mounts the tree, several times if need be, and ends all."""
+    made = []
+
+    def mount(*options, name="sys"):
+        made.append(Mount(service, tmp_path / name, *options))
+        return made[-1]
+
+    yield mount
+    for one in made:
+        one.end()
+
+
+@pytest.fixture
+def tree(mounts, client):
+    """A mount of its own, over a service of its own."""
+    return mounts()
+
+
+@pytest.fixture(scope="module")
+def shared_tree(shared, fuse, tmp_path_factory):
+    mount = Mount(shared, tmp_path_factory.mktemp("mount") / "sys")
+    yield mount
+    mount.end()
+
+
+@pytest.fixture
+def world(shared, shared_tree):
+    """The module's service and mount, without devices: for tests that break neither."""
+    with shared.client() as client:
+        for device in client.get("/v1/devices"):
+            client.delete(f"/v1/devices/{device['uuid']}?force=1")
+    return shared_tree
+
+
+@pytest.fixture
+def api(shared, world):
+    """A client of the module's service."""
+    with shared.client() as client:
+        yield client

@@ -60,7 +60,15 @@ def test_parents_with_types_and_attributes(client):
     room = {type_["id"]: type_["available_instances"] for type_ in demo["types"]}
     assert room == {"demo-small": 8, "demo-big": 2, "demo-many": 2**31 - 1}
     speed = next(info for info in demo["types"][0]["device_attributes"] if info["name"] == "speed")
-    assert speed == {"name": "speed", "kind": "int", "doc": "Any number.", "mode": "rw", "create": True, "default": "10"}
+    assert speed == {
+        "name": "speed",
+        "kind": "int",
+        "doc": "Any number.",
+        "mode": "rw",
+        "create": True,
+        "default": "10",
+        "counter": False,
+    }
 
 
 def test_one_parent_alone(client):
@@ -80,6 +88,42 @@ def test_parent_attributes_are_read_and_stored(client, refused):
     assert client.get(path) == {"value": "left"}
     refused("ENOENT", lambda: client.get("/v1/parents/demo0/attributes/nothing"), "has no attribute 'nothing'", "label")
     refused("EINVAL", lambda: client.put("/v1/parents/demo0/attributes/crash_on_create", {"value": "perhaps"}), "yes or no")
+
+
+def test_type_attributes_are_read_and_stored(client, refused):
+    folder = "/v1/parents/demo0/types/demo-big/attributes"
+    assert client.get(f"{folder}/weight") == {"value": "1"}
+    assert client.put(f"{folder}/weight", {"value": "0x10"}) is None
+    assert client.get(f"{folder}/weight") == {"value": "16"}
+    assert client.get(f"{folder}/vendor/revision") == {"value": "3"}
+    refused("EACCES", lambda: client.put(f"{folder}/vendor/revision", {"value": "4"}), "is read-only")
+    refused("EINVAL", lambda: client.put(f"{folder}/weight", {"value": "101"}), "101 is not between 0 and 100")
+    refused("ENOENT", lambda: client.get(f"{folder}/nothing"), "type demo-big has no attribute 'nothing'", "weight")
+    refused("ENODEV", lambda: client.get("/v1/parents/demo0/types/nothing/attributes/weight"), "nothing")
+    (parent,) = client.get("/v1/parents?parent=demo0")
+    big = next(type_ for type_ in parent["types"] if type_["id"] == "demo-big")
+    assert big["attributes"] == {"weight": "16", "vendor/revision": "3"}
+    assert [(info["name"], info["mode"]) for info in big["attribute_info"]] == [("weight", "rw"), ("vendor/revision", "r")]
+
+
+def test_counters(client):
+    create(client, uuid=UUID)
+    create(client, uuid=OTHER, parent="twin1")
+    for number in (1, 2):
+        client.put(f"/v1/devices/{UUID}/attributes/assign", {"value": str(number)})
+    assert client.get("/v1/counters") == {UUID: {"count": [2], "counts": [2, 0]}, OTHER: {"count": [0], "counts": [0, 0]}}
+    (parent,) = client.get("/v1/parents?parent=demo0")
+    infos = parent["types"][0]["device_attributes"]
+    assert [info["name"] for info in infos if info["counter"]] == ["count", "counts", "odd"]
+
+
+def test_a_device_without_its_attributes(client, refused):
+    create(client, uuid=UUID)
+    whole = client.get(f"/v1/devices/{UUID}")
+    assert whole["attributes"]["speed"] == "10"
+    assert client.get(f"/v1/devices/{UUID}?attributes=0") == whole | {"attributes": {}}
+    assert client.get(f"/v1/devices/{UUID}?attributes=1") == whole
+    refused("EINVAL", lambda: client.get(f"/v1/devices/{UUID}?attributes=some"), "attributes is 1 or 0, not 'some'")
 
 
 def test_drivers_and_what_they_have_bound(client):
@@ -118,6 +162,7 @@ def test_create_show_remove(service, client, refused):
         "owner": "me",
         "endpoint": {"kind": "demo", "socket": path, "client": ""},
         "attach": {"qemu": ["-demo", path]},
+        "suspended": False,
     }
     assert stat.S_IMODE(Path(path).lstat().st_mode) == 0o600
     assert client.get("/v1/devices") == [device]
@@ -129,6 +174,10 @@ def test_create_show_remove(service, client, refused):
         "client": "",
         "line": "",
         "serial": f"demo {UUID}",
+        "assigned": "",
+        "count": "0",
+        "counts": "0 0",
+        "odd": "many",
     }
     assert shown == device
     assert client.delete(f"/v1/devices/{UUID}") is None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -126,8 +129,63 @@ def test_top(mdevkit):
     mdevkit("create", "demo-small", "-u", UUID)
     output = mdevkit("top", "-d", "0.1", "-n", "1").stdout
     assert "HOST   PID" in output
-    assert f"{UUID}  demo-small  bound  demo_drv  -" in output
-    assert {host["key"] for host in json.loads(mdevkit("top", "--json").stdout)["hosts"]} == {"demo0", "demo1", "twins"}
+    assert f"{UUID}  demo-small  bound  demo_drv  -\n" in output
+    assert "COUNTER" not in output, "nothing has moved"
+    look = json.loads(mdevkit("top", "--json").stdout)
+    assert {host["key"] for host in look["hosts"]} == {"demo0", "demo1", "twins"}
+    assert look["counters"] == {UUID: {"count": [0], "counts": [0, 0]}}
+
+
+def test_top_shows_how_fast_counters_grow(service):
+    service.start()
+    with service.client() as client:
+        client.post("/v1/devices", {"type": "demo-small", "uuid": UUID})
+        command = [Path(sys.executable).with_name("mdevkit"), "top", "-d", "0.5", "-n", "1"]
+        with subprocess.Popen(command, env=service.environment, stdout=subprocess.PIPE, text=True) as top:
+            while top.poll() is None:
+                client.put(f"/v1/devices/{UUID}/attributes/assign", {"value": "1"})
+            lines = [line.split() for line in top.stdout.read().splitlines()[-3:]]
+    assert lines[0] == ["DEVICE", "COUNTER", "RATE", "TOTAL", "EACH", "QUEUE"]
+    for line, name, each in zip(lines[1:], ("count", "counts"), ([], [lines[2][2].removesuffix("/s"), "0"]), strict=True):
+        assert line[:2] == [UUID, name]
+        assert int(line[2].removesuffix("/s")) > 0
+        assert line[4:] == each
+        assert int(line[3]) > 0
+
+
+def in_terminal(service, *words, **changes):
+    """What a command writes to a terminal."""
+    ours, its = pty.openpty()
+    command = [Path(sys.executable).with_name("mdevkit"), *words]
+    environment = {**service.environment, "TERM": "xterm", **changes}
+    with subprocess.Popen(command, env=environment, stdin=its, stdout=its, stderr=its) as process:
+        os.close(its)
+        written = b""
+        with suppress(OSError):  # EIO: nobody has the other end open any more
+            while data := os.read(ours, 4096):
+                written += data
+    os.close(ours)
+    assert process.returncode == 0, written
+    return written.decode().replace("\r\n", "\n")
+
+
+def test_a_terminal_shows_states_in_colours_and_a_pipe_does_not(service):
+    service.start()
+    with service.client() as client:
+        client.post("/v1/devices", {"type": "demo-small", "parent": "demo0", "uuid": UUID, "owner": "me", "bind": False})
+        client.post(f"/v1/devices/{UUID}/bind", {})
+    shown = in_terminal(service, "show", UUID)
+    assert "\x1b[2mstate           \x1b[0m\x1b[32mbound\x1b[0m\n" in shown
+    assert re.sub(r"\x1b\[\d*m", "", shown) == service.mdevkit("show", UUID).stdout
+    tree = in_terminal(service, "list", "--tree")
+    assert f"    {UUID} \x1b[32mbound\x1b[0m demo_drv\x1b[2m owner=me\x1b[0m\n" in tree
+    assert tree.startswith("\x1b[1mdemo0\x1b[0m\n")
+    plain = service.mdevkit("list", "--tree").stdout
+    assert re.sub(r"\x1b\[\d*m", "", tree) == plain
+    assert f"    {UUID} bound demo_drv owner=me\n" in plain
+    for changes in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+        assert in_terminal(service, "list", "--tree", **changes) == plain
+    assert "\x1b[1mHOST\x1b[0m " in in_terminal(service, "top", "-n", "1", "-d", "0.1")
 
 
 @pytest.mark.parametrize(
@@ -180,27 +238,6 @@ def test_stop_with_remove_goes_on_when_a_device_is_in_use(service):
     fails(service.mdevkit("service", "stop", "--remove"), 1, "is in use by pid 4711", "EBUSY")
     assert service.mdevkit("list").stdout.startswith(UUID)
     assert service.mdevkit("service", "stop", "--remove", "--force").returncode == 0
-
-
-def test_install_writes_units_that_say_what_was_asked(service, tmp_path):
-    done = service.mdevkit("service", "install", "--folder", tmp_path)
-    assert done.stdout == f"{tmp_path}/mdevkit.socket\n{tmp_path}/mdevkit.service\n"
-    assert "enable --now mdevkit.socket" in done.stderr
-    socket, unit = ((tmp_path / f"mdevkit.{kind}").read_text() for kind in ("socket", "service"))
-    assert "SocketMode=0600" in socket
-    for line in ("KillMode=process", "RuntimeDirectoryPreserve=yes", "NoNewPrivileges=yes", "Requires=mdevkit.socket"):
-        assert line in unit.splitlines()
-    fails(service.mdevkit("service", "install", "--group", "no-such-group", "--folder", tmp_path), 1, "there is no group")
-    fails(service.mdevkit("service", "install", "--folder", "/proc/x"), 1, "the units cannot be written")
-
-
-def test_units_are_what_systemd_accepts(service, tmp_path):
-    if not Path("/usr/bin/systemd-analyze").exists():
-        pytest.skip("systemd-analyze is missing: apt-get install systemd")
-    service.mdevkit("service", "install", "--folder", tmp_path)
-    done = subprocess.run(["systemd-analyze", "verify", *map(str, tmp_path.glob("mdevkit.*"))], capture_output=True, text=True)
-    ours = [line for line in done.stderr.splitlines() if "mdevkit" in line]
-    assert not ours
 
 
 # -- speed -----------------------------------------------------------------------------------------------------------------

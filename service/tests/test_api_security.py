@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pwd
-import site
+import shutil
+import signal
 import socket
 import stat
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from shutil import rmtree
 
 import pytest
+from mdevkit_service.units import units
 
-from tests.services import PARENTS, Running, wait_until
+from tests.services import Running, interpreter, wait_until
 
 UUID = "83c32df7-d52e-4ec1-9668-1f3c7e4df107"
 #: Somebody (nobody on every Linux), and a group he is not in by default.
@@ -53,34 +55,13 @@ def service(tmp_path):
     folder = Path(tempfile.mkdtemp(prefix="mdevkit-"))
     folder.chmod(0o755)
     running = Running(folder, tmp_path)
-    running.python = interpreter(folder / "venv")
+    try:
+        running.python = interpreter(folder / "venv")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
     yield running
     running.clean_up()
     rmtree(folder)
-
-
-def interpreter(venv):
-    """Make an environment in which the demo parents are installed: a system's service does not look at PYTHONPATH.
-
-    Other users must be able to run it, which they are not where root's Python is in root's home.
-    """
-    minor = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-    usable = [path for path in (Path(sys.executable).resolve(), Path("/usr/bin", minor)) if path.exists() and reachable(path)]
-    if not usable:
-        pytest.skip(f"needs a Python {minor} that other users can run: apt-get install {minor}")
-    packages = venv / "lib" / minor / "site-packages"
-    packages.mkdir(parents=True)
-    (venv / "bin").mkdir()
-    (venv / "bin" / "python").symlink_to(usable[0])
-    (venv / "pyvenv.cfg").write_text(f"home = {usable[0].parent}\n")
-    folders = [*site.getsitepackages(), str(PARENTS)]
-    (packages / "all.pth").write_text("".join(f"import site; site.addsitedir({folder!r})\n" for folder in folders))
-    return str(venv / "bin" / "python")
-
-
-def reachable(path):
-    """Whether everybody may go to a file."""
-    return all(folder.stat().st_mode & 0o001 for folder in path.parents)
 
 
 @pytest.fixture
@@ -169,6 +150,45 @@ def test_what_a_member_may_have_made_is_his_and_goes_with_the_device(service, me
     assert [path.stat().st_uid for path in paths] == [UID, UID]
     assert "answer" in member("DELETE", f"/v1/devices/{UUID}")
     wait_until(lambda: not list(open_folder.iterdir()), what="the sockets' removal")
+
+
+def test_sockets_made_for_a_member_go_though_service_and_host_were_others_then(service, member, open_folder):
+    service.start("--group", GROUP)
+    wish = {"type": "demo-small", "uuid": UUID, "parent": "demo0", "socket": str(open_folder / "endpoint.sock")}
+    assert member("POST", "/v1/devices", {**wish, "attributes": {"line": str(open_folder / "line.sock")}})["answer"]
+    set_line = ("PUT", f"/v1/devices/{UUID}/attributes/line")
+    assert "answer" in member(*set_line, {"value": str(open_folder / "other.sock")})
+    service.kill_service()
+    service.kill_host("demo0")
+    service.start()
+    wait_until(lambda: member("GET", f"/v1/devices/{UUID}")["answer"]["state"] == "bound", what="the return")
+    assert "answer" in member("DELETE", f"/v1/devices/{UUID}")
+    wait_until(lambda: not list(open_folder.iterdir()), what="the sockets' removal")
+
+
+def test_a_member_cannot_have_the_service_connect(service, member):
+    service.start("--group", GROUP)
+    answer = member("POST", "/v1/devices", {"type": "demo-small", "socket": "connect:/run/somebody.sock"})
+    assert (answer["errno"], "connect nowhere" in answer["detail"]) == ("EPERM", True)
+
+
+def test_the_capabilities_the_unit_leaves_will_do(service, member, open_folder):
+    """Root without any other: hosts as another user, sockets for a third, made again and removed."""
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv is missing: apt-get install util-linux")
+    unit = units(argparse.Namespace(group=GROUP, host_user="daemon", endpoint_owner="nobody"))["mdevkit.service"]
+    (names,) = [line.partition("=")[2].split() for line in unit.splitlines() if line.startswith("CapabilityBoundingSet=")]
+    bounds = ",".join(["-all", *(f"+{name.lower().removeprefix('cap_')}" for name in names)])
+    service.prefix = ["setpriv", f"--bounding-set={bounds}", "--inh-caps=-all", "--no-new-privs"]
+    service.start("--group", GROUP, "--host-user", "daemon", "--endpoint-owner", "nobody")
+    wish = {"type": "demo-small", "uuid": UUID, "parent": "demo0", "attributes": {"line": str(open_folder / "line.sock")}}
+    assert member("POST", "/v1/devices", wish)["answer"]["state"] == "bound"
+    os.kill(service.hosts()["demo0"], signal.SIGKILL)
+    wait_until(lambda: member("GET", f"/v1/devices/{UUID}")["answer"]["state"] == "bound", what="the return")
+    assert "answer" in member("DELETE", f"/v1/devices/{UUID}")
+    wait_until(lambda: not list(open_folder.iterdir()), what="the socket's removal")
+    service.stop()
+    assert service.files() == []
 
 
 def test_hosts_run_as_another_user_and_come_back(service):

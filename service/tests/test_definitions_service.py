@@ -105,6 +105,30 @@ def test_what_cannot_be_stored(service, client, refused, path, body, name, words
     assert client.get("/v1/definitions") == []
 
 
+def test_attributes_that_cannot_be_read_return_too_as_often_as_they_were_given(service, client):
+    """As a vfio_ap definition has them: assign_adapter twice, and no way to ask for them."""
+    attrs = [{"assign": "5"}, {"speed": "7"}, {"assign": "6"}, {"moody": "1"}, {"moody": "2"}]
+    client.put(place(A), {"mdev_type": T, "attrs": attrs})
+    assert client.post(f"{place(A)}/start")["state"] == "bound"
+    client.put(f"/v1/devices/{A}/attributes/moody", {"value": "4"})
+    client.put(f"/v1/devices/{A}/attributes/assign", {"value": "9"})  # an action of the moment, not part of the definition
+
+    def attributes():
+        device = client.get(f"/v1/devices/{A}")
+        return device["state"] == "bound" and [device["attributes"][name] for name in ("assigned", "speed", "moody")]
+
+    assert attributes() == ["5 6 9", "7", "4"]
+    service.kill_host(P)
+    assert wait_until(attributes) == ["5 6", "7", "4"]
+    # The host knows it as well, for a service that has lost its own notes.
+    service.kill_service()
+    (service.runtime / "devices" / f"{A}.json").unlink()
+    service.start()
+    assert attributes() == ["5 6", "7", "4"]
+    service.kill_host(P)
+    assert wait_until(attributes) == ["5 6", "7", "4"]
+
+
 def test_conditions(client, refused):
     first = client.put(place(A), {"mdev_type": T}, if_none_match="*")
     refused("EEXIST", lambda: client.put(place(A), {"mdev_type": BIG}, if_none_match="*"), "already defined")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -213,6 +214,18 @@ def test_an_idle_host_without_a_service_ends(service, client):
     service.kill_service()
     wait_until(lambda: not service.hosts(), seconds=15, what="the hosts' end")
     wait_until(lambda: not any(map(alive, pids.values())))
+
+
+def test_the_socket_of_fronts_that_are_gone_is_swept_and_that_of_others_is_not(service, client):
+    service.kill_service()
+    folder = service.runtime / "hosts"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as fronts:
+        fronts.bind(str(folder / "there.front"))
+        fronts.listen()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+            dead.bind(str(folder / "gone.front"))
+        service.start()
+        assert [path.name for path in folder.glob("*.front")] == ["there.front"]
 
 
 def test_records_of_an_earlier_boot_are_dropped(service, client):

@@ -1,146 +1,17 @@
-"""The tree, really mounted over a real service: its structure, what each file does, and how a mount begins and ends."""
+"""The tree, really mounted over a real service: its structure, and what each file does."""
 
 from __future__ import annotations
 
 import errno
 import os
-import signal
 import stat
-import subprocess
-import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
-from ctypes.util import find_library
-from pathlib import Path
 
 import pytest
 
-UUID = "83c32df7-d52e-4ec1-9668-1f3c7e4df107"
-OTHER = "c4c5a1a3-2bd4-4f83-8c9e-0a55d0d1b0aa"
-DEMO = "devices/virtual/demo/demo0"
-
-
-def wait_until(true, what, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not (found := true()):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what} did not happen within {seconds} s")
-        time.sleep(0.01)  # nobody tells us
-    return found
-
-
-@contextmanager
-def fails(number):
-    with pytest.raises(OSError) as caught:
-        yield
-    assert errno.errorcode[caught.value.errno] == number, caught.value
-
-
-def write(path, data):
-    """One write(2), as a shell does it."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC)
-    try:
-        return os.write(descriptor, data.encode() if isinstance(data, str) else data)
-    finally:
-        os.close(descriptor)
-
-
-class Mount:
-    """A mount whose process is ours."""
-
-    def __init__(self, service, folder, *options):
-        self.root = folder
-        folder.mkdir(exist_ok=True)
-        command = [Path(sys.executable).with_name("mdevkit"), "sysfs", "mount", "--foreground", *options, folder]
-        self.errors = folder.with_suffix(".log")
-        with self.errors.open("ab") as log:
-            self.process = subprocess.Popen(command, env=service.environment, stderr=log)
-        wait_until(lambda: os.path.ismount(folder) or self.process.poll() is not None, f"the mount ({self.said()})")
-        assert self.process.poll() is None, self.said()
-
-    def said(self):
-        return self.errors.read_text() if self.errors.exists() else ""
-
-    def __truediv__(self, path):
-        return self.root / path
-
-    def read(self, path):
-        return (self.root / path).read_text()
-
-    def write(self, path, data):
-        return write(self.root / path, data)
-
-    def ls(self, path):
-        return sorted(node.name for node in (self.root / path).iterdir())
-
-    def create(self, uuid=UUID, type_="demo-small", parent="demo0"):
-        self.write(f"class/mdev_bus/{parent}/mdev_supported_types/{type_}/create", uuid)
-
-    def end(self):
-        if self.process.poll() is None:
-            # A connection without its process fails whoever waits in it: nothing can hang from here on.
-            self.process.kill()
-            self.process.wait()
-        unmount(self.root)
-
-
-def unmount(folder):
-    """Take away whatever is mounted there, however often."""
-    while subprocess.run(["umount", "-l", folder], capture_output=True, check=False).returncode == 0:
-        pass
-
-
-@pytest.fixture(scope="session")
-def fuse():
-    """Skip without FUSE."""
-    missing = not os.access("/dev/fuse", os.W_OK) or not (find_library("fuse3") or find_library("fuse"))
-    if missing or os.geteuid() != 0:
-        pytest.skip("FUSE and root are needed: apt-get install fuse3 libfuse3-3")
-
-
-@pytest.fixture
-def mounts(service, fuse, tmp_path):
-    """Mounts the tree, several times if need be, and ends all."""
-    made = []
-
-    def mount(*options, name="sys"):
-        made.append(Mount(service, tmp_path / name, *options))
-        return made[-1]
-
-    yield mount
-    for one in made:
-        one.end()
-
-
-@pytest.fixture
-def tree(mounts, client):
-    """A mount of its own, over a service of its own."""
-    return mounts()
-
-
-@pytest.fixture(scope="module")
-def shared_tree(shared, fuse, tmp_path_factory):
-    mount = Mount(shared, tmp_path_factory.mktemp("mount") / "sys")
-    yield mount
-    mount.end()
-
-
-@pytest.fixture
-def world(shared, shared_tree):
-    """The module's service and mount, without devices: for tests that break neither."""
-    with shared.client() as client:
-        for device in client.get("/v1/devices"):
-            client.delete(f"/v1/devices/{device['uuid']}?force=1")
-    return shared_tree
-
-
-@pytest.fixture
-def api(shared, world):
-    """A client of the module's service."""
-    with shared.client() as client:
-        yield client
-
+from tests.services import wait_until
+from tests.sysfs import DEMO, OTHER, UUID, fails
 
 # -- structure -------------------------------------------------------------------------------------------------------------
 
@@ -166,7 +37,8 @@ def test_a_parent(world):
 def test_a_type(world):
     folder = f"{DEMO}/mdev_supported_types"
     assert world.ls(folder) == ["demo-big", "demo-many", "demo-small"]
-    assert world.ls(f"{folder}/demo-big") == ["available_instances", "create", "description", "device_api", "devices", "name"]
+    own = ["available_instances", "create", "description", "device_api", "devices", "name"]
+    assert world.ls(f"{folder}/demo-big") == [*own, "vendor", "weight"]
     assert world.read(f"{folder}/demo-big/name") == "Big demo device\n"
     assert world.read(f"{folder}/demo-big/description") == "Big demo device\nfor tests\n"
     assert world.read(f"{folder}/demo-big/device_api") == "demo\n"
@@ -177,7 +49,22 @@ def test_a_device(world):
     world.create()
     device = world / f"{DEMO}/{UUID}"
     own = ["driver", "driver_override", "iommu_group", "mdev_type", "power", "remove", "subsystem", "uevent"]
-    assert world.ls(device) == sorted([*own, "client", "crash", "hang", "line", "moody", "note", "serial", "speed"])
+    vendors = [
+        "assign",
+        "assigned",
+        "client",
+        "count",
+        "counts",
+        "crash",
+        "hang",
+        "line",
+        "moody",
+        "note",
+        "odd",
+        "serial",
+        "speed",
+    ]
+    assert world.ls(device) == sorted([*own, *vendors])
     links = {name: str((device / name).readlink()) for name in ("driver", "iommu_group", "mdev_type", "subsystem")}
     group, _, number = links.pop("iommu_group").rpartition("/")
     assert (group, number.isdecimal()) == ("../../../../../kernel/iommu_groups", True)
@@ -355,7 +242,7 @@ def test_what_others_create_is_there_at_once_and_what_they_remove_is_soon_gone(w
         assert (world / f"bus/mdev/devices/{UUID}/driver").exists()
         api.delete(f"/v1/devices/{UUID}")
         assert world.ls("bus/mdev/devices") == []
-        wait_until(lambda: not os.path.lexists(world / f"bus/mdev/devices/{UUID}"), "the device's end", 1)
+        wait_until(lambda: not os.path.lexists(world / f"bus/mdev/devices/{UUID}"), 1, "the device's end")
 
 
 def test_the_last_instance_has_one_winner(world):
@@ -398,6 +285,20 @@ def test_attributes_are_read_and_stored_live(world, api):
     assert world.read(f"{DEMO}/{UUID}/note") == "\n"
     assert world.write(f"{DEMO}/label", "left\n") == 5
     assert world.read(f"{DEMO}/label") == "left\n"
+
+
+def test_attributes_of_types_are_read_and_stored_live(world, api):
+    folder = f"{DEMO}/mdev_supported_types/demo-big"
+    assert world.ls(f"{folder}/vendor") == ["revision"]
+    assert world.read(f"{folder}/vendor/revision") == "3\n"
+    with fails("EACCES"):
+        world.write(f"{folder}/vendor/revision", "4")
+    assert world.write(f"{folder}/weight", "7\n") == 2
+    assert world.read(f"{folder}/weight") == "7\n"
+    assert world.read(f"{DEMO}/mdev_supported_types/demo-small/weight") == "1\n"
+    assert api.get("/v1/parents/demo0/types/demo-big/attributes/weight") == {"value": "7"}
+    with fails("EINVAL"):
+        world.write(f"{folder}/weight", "heavy")
 
 
 def test_a_file_is_made_anew_when_it_is_read_from_its_beginning(world, api):
@@ -544,163 +445,3 @@ def test_what_cannot_look_like_a_pci_function_is_told(service, fuse, client, tmp
     assert (done.returncode, done.stdout) == (1, "")
     assert reason in done.stderr
     assert not os.path.ismount(tmp_path)
-
-
-# -- beginning and end -----------------------------------------------------------------------------------------------------
-
-
-def test_mount_starts_the_service_and_returns_when_the_tree_is_there(service, fuse, tmp_path):
-    folder = tmp_path / "a folder"
-    folder.mkdir()
-    done = service.mdevkit("sysfs", "mount", folder)
-    try:
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-        assert (folder / "class/mdev_bus/demo0/label").read_text() == "none\n"
-        again = service.mdevkit("sysfs", "umount", folder)
-        assert (again.returncode, again.stderr) == (0, "")
-        assert list(folder.iterdir()) == []
-    finally:
-        unmount(folder)
-
-
-def test_umount_refuses_what_is_not_ours_and_what_is_busy(service, tree, tmp_path):
-    for folder in (tmp_path, Path("/proc"), tmp_path / "nothing"):
-        done = service.mdevkit("sysfs", "umount", folder)
-        assert (done.returncode, done.stderr) == (1, f"{folder} is no mount of mdevkit sysfs [EINVAL]\n")
-    with (tree / f"{DEMO}/label").open():
-        busy = service.mdevkit("sysfs", "umount", tree.root)
-        assert busy.returncode == 1
-        assert "busy" in busy.stderr
-        assert "(--lazy unmounts it nevertheless) [EBUSY]" in busy.stderr
-        assert service.mdevkit("sysfs", "umount", "--lazy", tree.root).returncode == 0
-        assert not os.path.ismount(tree.root)
-    assert tree.process.wait(10) == 0
-
-
-def test_what_cannot_be_mounted_on_is_told(service, fuse, client, tmp_path):
-    file = tmp_path / "file"
-    file.touch()
-    for path in (file, tmp_path / "nothing"):
-        done = service.mdevkit("sysfs", "mount", path)
-        assert (done.returncode, done.stderr) == (1, f"{path} is not a folder [ENOTDIR]\n")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_unmounts_and_devices_go_on(tree, client, number):
-    tree.create()
-    tree.process.send_signal(number)
-    assert tree.process.wait(10) == 0
-    assert not os.path.ismount(tree.root)
-    assert [device["uuid"] for device in client.get("/v1/devices")] == [UUID]
-
-
-def test_umount_ends_the_process(tree):
-    subprocess.run(["umount", tree.root], check=True)
-    assert tree.process.wait(10) == 0
-
-
-def test_a_killed_mount_can_be_unmounted(service, mounts, client):
-    tree = mounts()
-    tree.process.kill()
-    tree.process.wait()
-    with fails("ENOTCONN"):
-        list(tree.root.iterdir())
-    again = service.mdevkit("sysfs", "mount", tree.root)
-    assert again.returncode == 1
-    assert f"a mount whose process has died? mdevkit sysfs umount {tree.root}) [ENOTCONN]" in again.stderr
-    assert service.mdevkit("sysfs", "umount", tree.root).returncode == 0
-    assert list(tree.root.iterdir()) == []
-
-
-def test_without_the_service_everything_says_eio_and_with_the_next_one_works_again(service, tree):
-    tree.create()
-    descriptor = os.open(tree / f"{DEMO}/{UUID}/speed", os.O_RDWR)
-    service.kill_service()
-    begun = time.monotonic()
-    for attempt in (
-        lambda: os.pread(descriptor, 10, 0),
-        lambda: os.write(descriptor, b"1"),
-        lambda: tree.ls("bus/mdev/devices"),
-        lambda: (tree / f"bus/mdev/devices/{OTHER}").lstat(),
-    ):
-        with fails("EIO"):
-            attempt()
-    assert time.monotonic() - begun < 2
-    service.start()
-    assert tree.ls("bus/mdev/devices") == [UUID]
-    assert os.pread(descriptor, 10, 0) == b"10\n"
-    os.close(descriptor)
-    wait_until(lambda: tree.said().count("following events") == 2, "the events' return")
-    tree.write(f"{DEMO}/{UUID}/remove", "1")
-    assert tree.ls("bus/mdev/devices") == []
-
-
-def test_a_host_that_dies_fails_its_devices_only(service, tree):
-    tree.create()
-    tree.create(OTHER, parent="demo1")
-    with suppress(OSError):
-        tree.write(f"{DEMO}/{UUID}/crash", "9")
-    assert tree.read(f"devices/virtual/demo/demo1/{OTHER}/speed") == "10\n"
-    wait_until(lambda: reads(tree / f"{DEMO}/{UUID}/speed") == "10\n", "the host's return")
-    assert tree.ls("bus/mdev/devices") == sorted([UUID, OTHER])
-
-
-def reads(path):
-    try:
-        return path.read_text()
-    except OSError as error:
-        return errno.errorcode[error.errno]
-
-
-def test_another_user_looks_and_cannot_touch(tree):
-    tree.create()
-    program = f"""
-import os, pathlib
-os.setgid(65534); os.setuid(65534)
-root = pathlib.Path({str(tree / DEMO)!r})
-print((root / "label").read_text().strip(), (root / "{UUID}/speed").read_text().strip())
-for path in ("label", "mdev_supported_types/demo-small/create", "{UUID}/remove"):
-    try:
-        os.open(root / path, os.O_WRONLY)
-    except OSError as error:
-        print(error.errno)
-"""
-    # pytest's folders are for their owner only.
-    for folder in [tree.root, *tree.root.parents]:
-        if folder.stat().st_uid == os.getuid() and not folder.stat().st_mode & 0o001 and folder != tree.root:
-            folder.chmod(0o711)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
-    assert done.stdout.split() == ["none", "10", *[str(errno.EACCES)] * 3]
-
-
-# -- cost ------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_look_up_costs_the_same_with_many_devices(tree, client, capsys):
-    """And a folder of n devices costs n."""
-
-    def seconds(work, times):
-        best = 9.0
-        for _ in range(3):
-            begun = time.perf_counter()
-            for _ in range(times):
-                work()
-            best = min(best, (time.perf_counter() - begun) / times)
-        return best
-
-    tree.create()
-    device = tree / f"bus/mdev/devices/{UUID}/mdev_type"
-    count, look_ups, listings = 1, [], []
-    for many in (100, 800):
-        while count < many:
-            count += 1
-            client.post("/v1/devices", {"type": "demo-many", "parent": "demo1", "bind": False})
-        assert len(tree.ls("bus/mdev/devices")) == many
-        look_ups.append(seconds(lambda: device.stat(), 300))
-        listings.append(seconds(lambda: tree.ls("bus/mdev/devices"), 3))
-    told = f"look-up {look_ups[0] * 1e6:.0f} us with 100 devices, {look_ups[1] * 1e6:.0f} us with 800; listing"
-    told += f" {listings[0] / 100 * 1e6:.0f} us per device with 100, {listings[1] / 800 * 1e6:.0f} us with 800"
-    with capsys.disabled():
-        sys.stdout.write(f"\n{told}\n")
-    assert look_ups[1] < 2 * look_ups[0]
-    assert listings[1] / 800 < 2 * listings[0] / 100

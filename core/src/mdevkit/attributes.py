@@ -122,7 +122,8 @@ class Attribute(Generic[T]):
     `name` is the sysfs file, with at most one folder (``vendor/sample_mdev_dev``). `show(obj)` returns the value and
     `store(obj, value)` sets it, where `obj` is the `Parent`, the type or the device it belongs to; without `store`
     the attribute is read-only. `create` lets the attribute be given as a create parameter: the vendor's
-    ``parent_create`` then finds a checked value, or `default`, in its `params`.
+    ``parent_create`` then finds a checked value, or `default`, in its `params`. A `counter` is shown as a number that only
+    grows while its device lives, or as several with blanks between, one for each queue: ``mdevkit top`` shows how fast.
     """
 
     name: str
@@ -132,8 +133,11 @@ class Attribute(Generic[T]):
     store: Callable[[Any, T], None] | None = None
     create: bool = False
     default: T | None = None
+    counter: bool = False
 
     def __post_init__(self) -> None:
+        if self.counter and (self.show is None or self.store is not None):
+            raise ValueError(f"attribute {self.name}: a counter is there to be read")
         if not _NAME.fullmatch(self.name) or not {".", ".."}.isdisjoint(self.name.split("/")):
             raise ValueError(f"attribute name {self.name!r} is not a file name, or a folder and a file name")
 

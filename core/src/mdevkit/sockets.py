@@ -14,7 +14,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -25,8 +25,11 @@ Listen = Callable[[str], socket.socket]
 
 #: Length in bytes of sun_path without its NUL (unix(7)).
 MAX_PATH: Final = 107
+#: Connections that may wait to be accepted: a crowd must not keep out whoever comes next.
+_BACKLOG: Final = 512
 #: Seconds in which somebody who has bound a path gets round to listening on it.
 _GRACE: Final = 0.05
+_NO_SOCKET: Final = (0, 0)
 
 
 def listen_at(path: str, mode: int = 0o600) -> socket.socket:
@@ -42,7 +45,7 @@ def listen_at(path: str, mode: int = 0o600) -> socket.socket:
         os.fchmod(listener.fileno(), mode)
         if not _bound(listener, path):
             _replace(listener, path)
-        listener.listen(128)
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise _refused(path, error) from error
@@ -50,9 +53,13 @@ def listen_at(path: str, mode: int = 0o600) -> socket.socket:
 
 
 def unlink_socket(listener: socket.socket, identity: tuple[int, int], path: str) -> None:
-    """Close a listener and remove its file, unless another file has taken that name since `identity` was read."""
-    if socket_identity(path) == identity:
-        Path(path).unlink(missing_ok=True)
+    """Close a listener and remove its file, unless another file has taken that name since `identity` was read.
+
+    A file that is not ours to remove stays: whoever has made the socket for us removes it.
+    """
+    if socket_identity(path) == identity != _NO_SOCKET:
+        with suppress(OSError):
+            Path(path).unlink()
     listener.close()
 
 
@@ -61,14 +68,14 @@ def socket_identity(path: str) -> tuple[int, int]:
     try:
         status = os.lstat(path)
     except OSError:
-        return (0, 0)
-    return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else (0, 0)
+        return _NO_SOCKET
+    return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else _NO_SOCKET
 
 
 def is_stale(path: str) -> bool:
     """Whether `path` is a socket nobody listens on, and goes on being that for a moment."""
     deadline = time.monotonic() + _GRACE
-    while socket_identity(path) != (0, 0):
+    while socket_identity(path) != _NO_SOCKET:
         if not _refuses(path):
             return False
         if time.monotonic() > deadline:
@@ -107,7 +114,9 @@ def _replace(listener: socket.socket, path: str) -> None:
             Path(path).unlink(missing_ok=True)
             if _bound(listener, path):
                 return
-    raise MdevError(errno.EADDRINUSE, f"{path} is taken", path)
+    other = socket_identity(path) == _NO_SOCKET and os.path.lexists(path)
+    why = "something that is no socket is there" if other else "another server listens there"
+    raise MdevError(errno.EADDRINUSE, f"{path} is taken: {why}", path)
 
 
 @contextmanager

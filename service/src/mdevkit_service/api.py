@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from mdevkit.errors import MdevError
 
+from mdevkit_service import power
 from mdevkit_service.schema import (
     Attributes,
     Bind,
@@ -24,6 +25,7 @@ from mdevkit_service.schema import (
     DriverOverride,
     HostInfo,
     Parent,
+    Power,
     Shutdown,
     Unbind,
     Value,
@@ -79,9 +81,9 @@ def peer(request: Request) -> Peer:
     return found
 
 
-def flag(request: Request, name: str) -> bool:
+def flag(request: Request, name: str, default: str = "0") -> bool:
     """Return a yes or no of the query; EINVAL for something else."""
-    text = request.query_params.get(name, "0").lower()
+    text = request.query_params.get(name, default).lower()
     if text not in {"0", "1", "true", "false"}:
         raise MdevError(errno.EINVAL, f"{name} is 1 or 0, not {text!r}")
     return text in {"1", "true"}
@@ -127,6 +129,19 @@ async def set_parent_attribute(service: Service, request: Request, body: Value) 
     await service.devices.run(service.hosts.call_parent(parent, "set_parent", ids, name=name, value=body.value))
 
 
+async def get_type_attribute(service: Service, request: Request, _body: None) -> Value:
+    """Read an attribute of a type."""
+    path = request.path_params
+    return Value(await service.hosts.call_parent(path["parent"], "get_type", type=path["type"], name=path["name"]))
+
+
+async def set_type_attribute(service: Service, request: Request, body: Value) -> None:
+    """Store an attribute of a type."""
+    path, ids = request.path_params, msgspec.to_builtins(peer(request))
+    arguments = {"type": path["type"], "name": path["name"], "value": body.value}
+    await service.devices.run(service.hosts.call_parent(path["parent"], "set_type", ids, **arguments))
+
+
 async def devices(service: Service, request: Request, _body: None) -> list[Device]:
     """List devices."""
     return await service.devices.every(request.query_params.get("parent"))
@@ -139,7 +154,7 @@ async def create(service: Service, request: Request, body: Create) -> Device:
 
 async def device(service: Service, request: Request, _body: None) -> DeviceDetail:
     """Show a device."""
-    return await service.devices.get(request.path_params["uuid"])
+    return await service.devices.get(request.path_params["uuid"], attributes=flag(request, "attributes", "1"))
 
 
 async def remove(service: Service, request: Request, _body: None) -> None:
@@ -182,13 +197,34 @@ async def driver_override(service: Service, request: Request, body: DriverOverri
     return await service.devices.run(service.devices.override(request.path_params["uuid"], body.driver))
 
 
+async def suspend(service: Service, _request: Request, body: Power) -> None:
+    """Suspend devices."""
+    await service.devices.run(power.suspend(service.hosts, service.devices, body))
+
+
+async def resume(service: Service, _request: Request, body: Power) -> None:
+    """Resume devices."""
+    await service.devices.run(power.resume(service.hosts, service.devices, body))
+
+
 async def events(service: Service, request: Request, _body: None) -> AsyncIterator[bytes]:
     """Stream events."""
     return service.journal.follow(number(request, "after", int), number(request, "timeout"))
 
 
+async def counters(service: Service, _request: Request, _body: None) -> dict[str, dict[str, list[int]]]:
+    """Read the counters of all devices: one number each, or one for each queue."""
+    return await service.hosts.counters()
+
+
 async def hosts(service: Service, _request: Request, _body: None) -> list[HostInfo]:
     """List hosts."""
+    return service.hosts.infos()
+
+
+async def rescan(service: Service, _request: Request, _body: None) -> list[HostInfo]:
+    """Look what is installed."""
+    await service.devices.run(service.hosts.rescan())
     return service.hosts.infos()
 
 
@@ -203,6 +239,7 @@ async def shut_down(service: Service, _request: Request, body: Shutdown) -> None
 
 
 _PARENT: Final = Query("parent", "string", "Only of this parent.")
+_ATTRIBUTES: Final = Query("attributes", "boolean", "Whether to read its attributes too; 1 by default.")
 _TIMEOUT: Final = Query("timeout", "number", "Seconds a user of the device gets to let go.")
 
 #: The table.
@@ -213,9 +250,18 @@ OPERATIONS: Final = [
     Operation(
         "PUT", "/v1/parents/{parent}/attributes/{name}", "Store a parent's attribute", set_parent_attribute, takes=Value, status=204
     ),
+    Operation("GET", "/v1/parents/{parent}/types/{type}/attributes/{name}", "A type's attribute", get_type_attribute, gives=Value),
+    Operation(
+        "PUT",
+        "/v1/parents/{parent}/types/{type}/attributes/{name}",
+        "Store a type's attribute",
+        set_type_attribute,
+        takes=Value,
+        status=204,
+    ),
     Operation("GET", "/v1/devices", "Devices", devices, gives=list[Device], query=(_PARENT,)),
     Operation("POST", "/v1/devices", "Create a device", create, takes=Create, gives=Device, status=201),
-    Operation("GET", "/v1/devices/{uuid}", "A device and its attributes", device, gives=DeviceDetail),
+    Operation("GET", "/v1/devices/{uuid}", "A device and its attributes", device, gives=DeviceDetail, query=(_ATTRIBUTES,)),
     Operation(
         "DELETE",
         "/v1/devices/{uuid}",
@@ -238,6 +284,10 @@ OPERATIONS: Final = [
         gives=Device,
     ),
     Operation(
+        "POST", "/v1/suspend", "Suspend a device, a parent with its devices, or everything", suspend, takes=Power, status=204
+    ),
+    Operation("POST", "/v1/resume", "Resume what is suspended", resume, takes=Power, status=204),
+    Operation(
         "GET",
         "/v1/events",
         "What happens, as it happens",
@@ -249,7 +299,9 @@ OPERATIONS: Final = [
         stream=True,
         needs_hosts=False,
     ),
+    Operation("GET", "/v1/counters", "Counters by device and name", counters, gives=dict[str, dict[str, list[int]]]),
     Operation("GET", "/v1/hosts", "Host processes", hosts, gives=list[HostInfo]),
+    Operation("POST", "/v1/rescan", "Look for plugins that were installed or removed", rescan, gives=list[HostInfo]),
     Operation("GET", "/v1/drivers", "Drivers that are loaded", drivers, gives=list[Driver]),
     Operation("POST", "/v1/shutdown", "End the service", shut_down, takes=Shutdown, status=202),
 ]

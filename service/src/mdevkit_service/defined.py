@@ -226,7 +226,7 @@ class Defined:
 
     async def _store_attribute(self, uuid: str, name: str, value: str, peer: Peer | None) -> None:
         try:
-            await self.devices.set_attributes(uuid, {name: value}, peer)
+            await self.devices.configure(uuid, name, value, peer)
         except MdevError as error:
             what = f"Invalid attribute '{name}'" if error.errno == errno.ENOENT else f"Failed to write {value} to attribute {name}"
             raise MdevError(error.errno or errno.EIO, f"{what}: {error}", uuid) from error

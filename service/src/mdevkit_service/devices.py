@@ -10,6 +10,7 @@ import asyncio
 import errno
 import logging
 import os
+import re
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,6 +38,8 @@ log = logging.getLogger("mdevkit.service")
 
 T = TypeVar("T")
 
+#: What may stand before an endpoint's path, as in ``connect:PATH``: the driver's to understand.
+_WORD: Final = re.compile("[a-z]+:")
 #: So many deaths of its host in a row during requests about a device, and the device is not made again.
 FATAL: Final = 2
 
@@ -51,14 +54,12 @@ class Entry:
         self.error: str | None = None
         #: An operation that creates or removes it runs.
         self.busy = False
-        #: Sockets opened for it: path to the ids of who asked.
-        self.sockets: dict[str, Any] = {}
         #: Deaths of its host during requests about it, since the last one that went well.
         self.deaths = 0
 
 
 class Devices:
-    """All devices. Implements `mdevkit_service.supervisor.Keeper` with `Hosts`."""
+    """All devices. Implements `mdevkit_service.hosts.Owner`."""
 
     def __init__(self, settings: Settings, journal: Journal, hosts: Hosts) -> None:
         self._settings: Final = settings
@@ -110,13 +111,13 @@ class Devices:
             if entry.life is not Life.NEW and parent in {None, entry.record.parent}
         ]
 
-    async def get(self, uuid: str) -> DeviceDetail:
-        """Return one device with its attributes; ENODEV."""
+    async def get(self, uuid: str, *, attributes: bool = True) -> DeviceDetail:
+        """Return one device with its attributes, or without; ENODEV."""
         entry = self._entry(uuid)
         host = await self._settled_host(entry)
         if entry.error or host is None or host.state == "failed":
             return DeviceDetail(**msgspec.structs.asdict(self._device(entry, None)))
-        facts = await self.read(uuid, "show")
+        facts = await self.read(uuid, "show", attributes=attributes)
         return msgspec.convert({**facts, "owner": entry.record.owner}, DeviceDetail)
 
     def _device(self, entry: Entry, facts: dict[str, Any] | None) -> Device:
@@ -166,7 +167,8 @@ class Devices:
         EINVAL, EEXIST, ENODEV (type, parent, driver), ENOENT (parameter), ENOSPC, or what vendor and driver raise.
         """
         uuid = str(parse_uuid(wish.uuid)) if wish.uuid else str(uuid4())
-        _check_socket(wish.socket)
+        _check_socket(wish.socket, brokered=self._settings.brokered)
+        await self._hosts.keep_up()
         self._check_free(uuid)
         places = self._hosts.places(wish.type, wish.parent)
         record = Record(
@@ -240,7 +242,7 @@ class Devices:
             type=record.type,
             parent=record.parent,
             attributes=record.attributes,
-            settings=record.settings,
+            settings=[*record.configured, *record.settings.items()],
             bind=record.bind,
             driver=record.driver,
             driver_override=record.driver_override,
@@ -255,18 +257,19 @@ class Devices:
     def _forget(self, entry: Entry) -> None:
         """Drop a device that is not there."""
         uuid = entry.record.uuid
+        host = self._host(entry)
         if self._entries.get(uuid) is entry:
             del self._entries[uuid]
+        if host is not None and self._hosts.is_outdated(host):
+            self._background(self._hosts.drop_outdated())
         try:
             self._records.drop(uuid, entry.life)
         except MdevError as error:
             log.error("%s", error)
         with suppress(FileNotFoundError):
             os.unlink(self._socket_of(uuid))  # noqa: PTH108
-        if entry.record.endpoint and self._settings.brokered:
-            entry.sockets.setdefault(entry.record.endpoint, msgspec.to_builtins(entry.record.peer))
-        for path, peer in entry.sockets.items():
-            self._background(self._hosts.tidy(path, peer))
+        for path, peer in entry.record.sockets.items():
+            self._background(self._hosts.tidy(path, msgspec.to_builtins(peer)))
 
     # -- removing ------------------------------------------------------------------------------------------------------
 
@@ -342,8 +345,16 @@ class Devices:
             entry.record.settings |= kept
             self._records.update(entry.record)
 
+    async def configure(self, uuid: str, name: str, value: str, peer: Peer | None) -> None:
+        """Store an attribute on behalf of the device's definition: a new device must be given it again in any case."""
+        entry = self._entry(uuid)
+        await self.call(uuid, "configure", peer, name=name, value=value)
+        entry.record.configured.append((name, value))
+        self._records.update(entry.record)
+
     async def bind(self, uuid: str, driver: str | None, override: bool, peer: Peer | None) -> Device:
         """Bind a device, by hand to `driver` or to whichever will have it."""
+        await self._hosts.keep_up()
         facts = await self.call(uuid, "bind", peer, driver=driver, override=override)
         return self._bound(uuid, facts, driver)
 
@@ -366,7 +377,11 @@ class Devices:
         self._records.update(record)
         return self._device(entry, facts)
 
-    # -- what becomes of hosts (Keeper) --------------------------------------------------------------------------------
+    # -- what becomes of hosts (Owner) ---------------------------------------------------------------------------------
+
+    def in_use(self, host: HostProcess) -> bool:
+        """See `Owner`."""
+        return any(self._host(entry) is host for entry in self._entries.values())
 
     async def connected(self, host: HostProcess, link: Link) -> None:
         """Make a host's devices and the records agree, for a host that has just been connected or started."""
@@ -394,6 +409,7 @@ class Devices:
                 self._records.turn(uuid, entry.life, Life.THERE)
             entry.life, entry.error = Life.THERE, None
             record = _record_of(facts)
+            record.sockets = entry.record.sockets
             if facts.get("note") and record != entry.record:
                 entry.record = record
                 self._records.update(record)
@@ -470,10 +486,15 @@ class Devices:
     async def opened(self, path: str, peer: Any, uuid: str) -> int:
         """See `Keeper.opened`."""
         ours = path == self._socket_of(uuid)
-        fd = await self._hosts.open(path, peer, ours=ours)
-        if not ours and uuid in self._entries:
-            self._entries[uuid].sockets[path] = peer
-        return fd
+        entry = self._entries.get(uuid)
+        if not ours and peer is not None and entry is not None and path not in entry.record.sockets:
+            # Noted before it is made: whoever removes the device, a later service too, removes it.
+            entry.record.sockets[path] = msgspec.convert(peer, Peer)
+            if entry.life is Life.NEW:
+                self._records.begin(entry.record)
+            elif entry.life is Life.THERE:
+                self._records.update(entry.record)
+        return await self._hosts.open(path, peer, ours=ours)
 
 
 async def _first_with_room(
@@ -492,9 +513,16 @@ async def _first_with_room(
     raise full
 
 
-def _check_socket(path: str | None) -> None:
-    if path is not None and not Path(path).is_absolute():
+def _check_socket(text: str | None, *, brokered: bool) -> None:
+    """Refuse what is no place for an endpoint: an absolute path, with a word before it for one that is made by the client."""
+    if text is None:
+        return
+    _, colon, path = text.partition(":") if _WORD.match(text) else ("", "", text)
+    if not Path(path).is_absolute():
         raise MdevError(errno.EINVAL, f"{path!r} is not an absolute path", path)
+    if colon and brokered:
+        message = f"{text!r}: devices of a system's service listen and connect nowhere, since that would be with its rights"
+        raise MdevError(errno.EPERM, message, text)
 
 
 def _record_of(facts: dict[str, Any]) -> Record:

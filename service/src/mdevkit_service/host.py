@@ -2,7 +2,8 @@
 
 It is forked from the zygote, in a session of its own, and outlives service and zygote: it listens at
 ``<runtime>/hosts/<key>.sock``, and a new service connects there. ``<key>.lock`` stays locked while it lives. Without devices and
-without a service it ends by itself.
+without a service it ends by itself. What drivers keep alive over its death, such as the clients of VFIO devices, is reached at
+``<key>.front``.
 
 Threads: the main one accepts; each connection has one that sends events and several that take turns at reading: whoever has read a
 request carries it out himself, while the next one reads on. So no request waits for a thread to wake up, and a vendor's slow create
@@ -61,6 +62,8 @@ def run(parent_socket: socket.socket, catalog: Catalog, arguments: dict[str, Any
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     _redirect(arguments["log"])
+    # Drivers read it: where what shall outlive this process is kept, the same for every host of this key.
+    os.environ["MDEVKIT_FRONT"] = arguments["front"]
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO, force=True)
     with _locked(arguments["lock"], arguments["key"]), _listening(arguments["socket"]) as listener:
         with Registry(catalog=catalog) as registry:
@@ -69,6 +72,8 @@ def run(parent_socket: socket.socket, catalog: Catalog, arguments: dict[str, Any
             send(parent_socket, {"ready": os.getpid()})
             parent_socket.close()
             host.serve()
+        # All devices have been removed, so nothing is left that a next host could want.
+        Path(arguments["front"]).unlink(missing_ok=True)
 
 
 def _redirect(path: str) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from mdevkit.device import Mdev
 from mdevkit.errors import MdevError, wrap
 from mdevkit.names import parse_uuid
 from mdevkit.parent import release, reserve
+
+from mdevkit_service.scout import refresh
 
 if TYPE_CHECKING:
     from mdevkit.attributes import Attribute, AttributeTable
@@ -41,12 +44,19 @@ class HostOps:
             "show": self.show,
             "get": self.get,
             "set": self.set,
+            "configure": self.configure,
             "get_parent": self.get_parent,
             "set_parent": self.set_parent,
+            "get_type": self.get_type,
+            "set_type": self.set_type,
             "bind": self.bind,
             "unbind": self.unbind,
             "override": self.override,
+            "suspend": self.suspend,
+            "resume": self.resume,
+            "counters": self.counters,
             "drivers": self.drivers,
+            "refresh": self.refresh,
             "stop": self.stop,
         }
 
@@ -82,10 +92,15 @@ class HostOps:
         """Return every device, with the service's note about it."""
         return [{**describe(mdev), "note": self._notes.get(mdev.name)} for mdev in self._registry.mdevs]
 
-    def show(self, uuid: str) -> Facts:
-        """Return a device with its attributes."""
+    def show(self, uuid: str, *, attributes: bool) -> Facts:
+        """Return a device, with its attributes if they are wanted: each is a call of the vendor's."""
         mdev = self._registry.get(uuid)
-        return {**describe(mdev), "attributes": mdev.type.device_table.read_all(mdev)}
+        return describe(mdev) | ({"attributes": mdev.type.device_table.read_all(mdev)} if attributes else {})
+
+    def counters(self) -> dict[str, dict[str, list[int]]]:
+        """Return the counters of every device that has some, by UUID; one that cannot be read is left out."""
+        found = {mdev.name: dict(_counters(mdev)) for mdev in self._registry.mdevs}
+        return {uuid: counters for uuid, counters in found.items() if counters}
 
     def drivers(self) -> list[Facts]:
         """Return the drivers loaded here, and what they have bound."""
@@ -97,6 +112,10 @@ class HostOps:
             for driver in self._registry.drivers
         ]
 
+    def refresh(self) -> None:
+        """Learn of drivers and buses that were installed since."""
+        refresh(self._registry.catalog)
+
     # -- life cycle ----------------------------------------------------------------------------------------------------
 
     def create(
@@ -106,14 +125,14 @@ class HostOps:
         parent: str,
         *,
         attributes: dict[str, str],
-        settings: dict[str, str],
+        settings: list[tuple[str, str]],
         bind: bool,
         driver: str | None,
         driver_override: str | None,
         endpoint: str | None,
         note: Any,
     ) -> Facts:
-        """Create a device; with `driver`, bind it to that one by hand. `settings` are stored afterwards, as they once were.
+        """Create a device; with `driver`, bind it to that one by hand. `settings` are stored before, as they once were.
 
         All or nothing but for settings: one that is refused is noted in the device's error.
         """
@@ -125,21 +144,24 @@ class HostOps:
                 uuid=uuid,
                 parent=parent,
                 params=attributes,
-                bind=bind and not driver,
+                bind=bind and not driver and not settings,
                 driver_override=driver_override,
                 endpoint_path=endpoint,
             )
         except MdevError:
             self._notes.pop(uuid, None)
             raise
-        errors = [str(error) for name, value in settings.items() if (error := _refusal(mdev, name, value))]
-        if driver:
+        errors = [str(error) for name, value in settings if (error := _refusal(mdev, name, value))]
+        if bind and (driver or settings):
             self._bind_or_remove(mdev, driver)
         return describe(mdev) | ({"error": "; ".join(errors)} if errors else {})
 
-    def _bind_or_remove(self, mdev: Mdev, driver: str) -> None:
+    def _bind_or_remove(self, mdev: Mdev, driver: str | None) -> None:
         try:
-            self._registry.bind(mdev.uuid, driver)
+            if driver is None:
+                self._registry.attach(mdev.uuid)
+            else:
+                self._registry.bind(mdev.uuid, driver)
         except MdevError:
             self.remove(mdev.name, force=True, timeout=0.0)
             raise
@@ -185,6 +207,12 @@ class HostOps:
         self._note(mdev, settings={**(self._notes.get(mdev.name) or {}).get("settings", {}), **kept})
         return kept
 
+    def configure(self, uuid: str, name: str, value: str) -> None:
+        """Store an attribute on behalf of the device's definition."""
+        mdev = self._registry.get(uuid)
+        mdev.set_attribute(name, value)
+        self._note(mdev, configured=[*(self._notes.get(mdev.name) or {}).get("configured", []), (name, value)])
+
     def _note(self, mdev: Mdev, **changes: Any) -> None:
         """Keep the service's note about a device true, for a service that dies before it can."""
         note = self._notes.get(mdev.name)
@@ -199,6 +227,16 @@ class HostOps:
     def set_parent(self, parent: str, name: str, value: str) -> None:
         """Store an attribute of a parent."""
         self._registry.parent(parent).set_attribute(name, value)
+
+    def get_type(self, parent: str, type: str, name: str) -> str:  # noqa: A002
+        """Return the text of an attribute of a parent's type."""
+        found = self._registry.type(type, parent)
+        return _text(found.table, name, found)
+
+    def set_type(self, parent: str, type: str, name: str, value: str) -> None:  # noqa: A002
+        """Store an attribute of a parent's type."""
+        found = self._registry.type(type, parent)
+        found.table.write(name, value, found)
 
     # -- drivers -------------------------------------------------------------------------------------------------------
 
@@ -219,6 +257,14 @@ class HostOps:
         self._note(mdev, bind=False, driver=None)
         return describe(mdev)
 
+    def suspend(self, uuid: str | None = None, parent: str | None = None) -> None:
+        """Suspend a device, a parent with its devices, or everything here."""
+        self._registry.suspend(uuid or parent)
+
+    def resume(self, uuid: str | None = None, parent: str | None = None) -> None:
+        """Resume what `suspend` has suspended."""
+        self._registry.resume(uuid or parent)
+
     def override(self, uuid: str, *, driver: str | None) -> Facts:
         """Set or clear the driver_override."""
         self._registry.set_driver_override(uuid, driver)
@@ -236,6 +282,7 @@ def describe(mdev: Mdev) -> Facts:
         "bus": mdev.bus,
         "device_api": mdev.type.device_api,
         "state": str(mdev.state),
+        "suspended": mdev.suspended,
         "driver": mdev.driver,
         "driver_override": mdev.driver_override,
         "modalias": mdev.modalias,
@@ -261,6 +308,14 @@ def _endpoint(mdev: Mdev) -> Facts:
     return {"endpoint": dict(endpoint.describe()), "attach": attach}
 
 
+def _counters(mdev: Mdev) -> Iterator[tuple[str, list[int]]]:
+    table = mdev.type.device_table
+    for name, attribute in table.items():
+        if attribute.counter:
+            with contextlib.suppress(MdevError, ValueError):  # a vendor's bug, or a device that goes at this moment
+                yield name, [int(number) for number in _text(table, name, mdev).split()]
+
+
 def _parent(parent: Parent) -> Facts:
     return {
         "name": parent.name,
@@ -281,6 +336,7 @@ def _type(type_: MdevType) -> Facts:
         "bus": type_.bus,
         "available_instances": type_.available_instances,
         "attributes": type_.table.read_all(type_),
+        "attribute_info": _infos(type_.table),
         "device_attributes": _infos(type_.device_table),
     }
 
@@ -297,6 +353,7 @@ def _info(attribute: Attribute[Any]) -> Facts:
         "doc": attribute.doc,
         "mode": attribute.mode,
         "create": attribute.create,
+        "counter": attribute.counter,
         "default": None if default is None else attribute.kind.format(default),
     }
 

@@ -8,14 +8,15 @@ import logging
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 from mdevkit.errors import MdevError
 from mdevkit.hints import no_parents
 
 from mdevkit_service.schema import Driver, HostInfo, Parent
-from mdevkit_service.supervisor import HostProcess, living
+from mdevkit_service.scout import Watch
+from mdevkit_service.supervisor import HostProcess, Keeper, living
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from mdevkit_service.forker import Forker
     from mdevkit_service.journal import Journal
     from mdevkit_service.settings import Settings
-    from mdevkit_service.supervisor import Keeper
 
 log = logging.getLogger("mdevkit.service")
 
@@ -33,6 +33,13 @@ SCOUT_LIMIT: Final = 10.0
 ASK_LIMIT: Final = 5.0
 _TICK: Final = os.sysconf("SC_CLK_TCK")
 _PAGE: Final = os.sysconf("SC_PAGESIZE")
+
+
+class Owner(Keeper, Protocol):
+    """Who keeps the devices, and can tell which hosts have some."""
+
+    def in_use(self, host: HostProcess) -> bool:
+        """Whether a host has devices, or is to have some."""
 
 
 class Hosts:
@@ -45,44 +52,155 @@ class Hosts:
         self._hosts: Final[dict[str, HostProcess]] = {}
         #: Parent's name to its host, for every parent that is known.
         self._parents: Final[dict[str, HostProcess]] = {}
+        #: Those that are to be started.
+        self._new: list[HostProcess] = []
+        #: Those whose plugins are gone or exchanged, while they have devices.
+        self._outdated: Final[set[HostProcess]] = set()
+        #: Plugin to its distribution and version, as last seen.
+        self._plugins: Final[dict[str, str]] = {}
         #: Plugin to why it cannot be used.
         self._broken: Final[dict[str, str]] = {}
+        #: Tells when something was installed or removed.
+        self._watch: Final = Watch()
+        self._rescans: Final[set[asyncio.Task[None]]] = set()
+        #: One at a time finds out what is installed.
+        self._scanning: Final = asyncio.Lock()
+        self._owner: Owner | None = None
 
     # -- coming and going ----------------------------------------------------------------------------------------------
 
-    async def start(self, keeper: Keeper) -> None:
+    async def start(self, owner: Owner) -> None:
         """Find the hosts that live and start those that are missing; returns when all run or have failed."""
+        self._owner = owner
         for key in living(self._settings.hosts):
-            self._hosts[key] = HostProcess(key, self._settings, self._forker, self._journal, keeper)
+            self._add(key)
         with suppress(MdevError):
-            await self._scout(keeper)
-        for host in self._hosts.values():
+            await self._scout(fresh=False)
+        await self._start_new()
+
+    def _add(self, key: str) -> HostProcess:
+        assert self._owner is not None
+        host = self._hosts[key] = HostProcess(key, self._settings, self._forker, self._journal, self._owner)
+        self._new.append(host)
+        return host
+
+    async def _start_new(self) -> None:
+        new, self._new = self._new, []
+        for host in new:
             host.start()
-        await asyncio.gather(*(host.settled() for host in self._hosts.values()))
+        await asyncio.gather(*(host.settled() for host in new))
 
-    async def _scout(self, keeper: Keeper) -> None:
-        """Ask each plugin, in a process of its own, which parents it brings and in which host they belong."""
-        answer, _ = await self._forker.ask("scout", {}, SCOUT_LIMIT)
-        await asyncio.gather(*(self._scout_plugin(name, keeper) for name in answer["plugins"]))
+    async def keep_up(self) -> None:
+        """Find out what is installed if that has changed since the last look; else cost next to nothing.
 
-    async def _scout_plugin(self, name: str, keeper: Keeper) -> None:
+        What takes long, as a plugin that hangs does, goes on without whoever waits.
+        """
+        if self._owner is not None and self._watch.changed():
+            log.info("what is installed has changed")
+            task = asyncio.create_task(self._rescan_quietly())
+            self._rescans.add(task)
+            task.add_done_callback(self._rescans.discard)
+        if self._rescans:
+            await asyncio.wait(self._rescans, timeout=ASK_LIMIT)
+
+    async def _rescan_quietly(self) -> None:
         try:
-            answer, _ = await self._forker.ask("scout", {"plugin": name}, SCOUT_LIMIT)
+            await self.rescan()
+        except MdevError as error:
+            log.error("what is installed cannot be told: %s", error)
+
+    async def rescan(self) -> None:
+        """Start hosts for plugins that were installed since, end those of plugins that are gone and have no devices.
+
+        Returns when the new ones run or have failed. Plugins that could not be used are tried again, and hosts that run learn of
+        new drivers.
+        """
+        await self._scout(fresh=True)
+        await self.ask_all("refresh")
+        await self._start_new()
+
+    async def _scout(self, *, fresh: bool) -> None:
+        """Ask each plugin we do not know, in a process of its own, which parents it brings and in which host they belong."""
+        async with self._scanning:
+            answer, _ = await self._forker.ask("scout", {"fresh": fresh}, SCOUT_LIMIT)
+            found: dict[str, str] = answer["plugins"]
+            for name in [name for name, edition in self._plugins.items() if found.get(name) != edition]:
+                self._withdraw(name)
+            if fresh:
+                await self.drop_outdated()
+            unknown = [name for name in found if name not in self._plugins or name in self._broken]
+            await asyncio.gather(*(self._scout_plugin(name, fresh) for name in unknown))
+            self._plugins.update(found)
+
+    async def _scout_plugin(self, name: str, fresh: bool) -> None:
+        self._broken.pop(name, None)
+        try:
+            answer, _ = await self._forker.ask("scout", {"plugin": name, "fresh": fresh}, SCOUT_LIMIT)
+            for parent in answer["parents"]:
+                host = await self._host_for(parent["name"], parent["host"])
+                if name not in host.plugins:
+                    host.plugins.append(name)
+                self._parents[parent["name"]] = host
         except MdevError as error:
             log.error("plugin %s: %s", name, error)
             self._broken[name] = str(error)
-            return
-        for parent in answer["parents"]:
-            host = self._hosts.get(parent["host"])
-            if host is None:
-                host = HostProcess(parent["host"], self._settings, self._forker, self._journal, keeper)
-                self._hosts[parent["host"]] = host
-            if name not in host.plugins:
-                host.plugins.append(name)
-            self._parents[parent["name"]] = host
+
+    async def _host_for(self, parent: str, key: str) -> HostProcess:
+        """Return the host a parent is to live in: EBUSY when it runs already, without that parent and with devices."""
+        assert self._owner is not None
+        host = self._hosts.get(key)
+        if host is None:
+            return self._add(key)
+        if host not in self._new and parent not in host.parents:
+            if self._owner.in_use(host):
+                message = f"parent {parent} belongs into host {key}, which has devices; remove them, then: mdevkit service rescan"
+                raise MdevError(errno.EBUSY, message, parent)
+            host = await self._exchange(host)
+        return host
+
+    def _withdraw(self, name: str) -> None:
+        """Forget a plugin that was removed, or is there in another version."""
+        del self._plugins[name]
+        self._broken.pop(name, None)
+        for host in self._hosts.values():
+            if name in host.plugins:
+                host.plugins.remove(name)
+                self._outdated.add(host)
+
+    def is_outdated(self, host: HostProcess) -> bool:
+        """Whether a host is to end when it has no devices: until then it goes on with the code it has."""
+        return host in self._outdated or not host.plugins
+
+    async def drop_outdated(self) -> None:
+        """End hosts whose plugins are gone, or start them anew where there is another version; but none that has devices."""
+        assert self._owner is not None
+        for host in list(self._hosts.values()):
+            # Meanwhile somebody else may have done it.
+            if self._hosts.get(host.key) is host and self.is_outdated(host) and not self._owner.in_use(host):
+                await self._exchange(host)
+        await self._start_new()
+
+    async def _exchange(self, host: HostProcess) -> HostProcess:
+        """End a host; return the one that is to take its place, if it still has plugins."""
+        del self._hosts[host.key]
+        self._outdated.discard(host)
+        new = self._add(host.key) if host.plugins else host
+        # Who asks for one of its parents meanwhile waits for it.
+        new.plugins, new.parents = host.plugins, host.parents
+        for parent in [parent for parent, its in self._parents.items() if its is host]:
+            del self._parents[parent]
+            if host.plugins:
+                self._parents[parent] = new
+        await host.close(stop=True)
+        for parent in host.parents:
+            self._journal.emit("change", parent, {"MDEV_STATE": "unregistered"})
+        return new
 
     async def close(self, busy: Iterable[str]) -> None:
         """Leave the hosts of the parents `busy` alone, and end the others."""
+        for task in self._rescans:
+            task.cancel()
+        await asyncio.gather(*self._rescans, return_exceptions=True)
         kept = {self._parents.get(parent) for parent in busy}
         await asyncio.gather(*(host.close(stop=host not in kept) for host in self._hosts.values()))
 
@@ -126,6 +244,7 @@ class Hosts:
 
     async def parents(self, name: str | None = None) -> list[Parent]:
         """Return the parents with their types; one whose host does not run as it was, with nothing available. ENODEV for a name."""
+        await self.keep_up()
         told = await self.ask_all("parents", [self._known(name)] if name else None)
         found = []
         for host in self._hosts.values():
@@ -145,6 +264,10 @@ class Hosts:
         """Have a parent's host carry out an operation on it; ENODEV."""
         return await self._known(parent).call(op, peer=peer, parent=parent, **arguments)
 
+    def running(self) -> list[HostProcess]:
+        """Return the hosts that take requests."""
+        return [host for host in self._hosts.values() if host.state == "running"]
+
     async def drivers(self) -> list[Driver]:
         """Return the drivers loaded in any host, with what they have bound in all of them."""
         merged: dict[tuple[str, str], Driver] = {}
@@ -154,9 +277,13 @@ class Hosts:
                 known.bound += facts["bound"]
         return list(merged.values())
 
+    async def counters(self) -> dict[str, dict[str, list[int]]]:
+        """Return the counters of all devices that have some, by UUID and name."""
+        return {uuid: found for told in (await self.ask_all("counters")).values() for uuid, found in told.items()}
+
     async def ask_all(self, op: str, hosts: list[HostProcess] | None = None) -> dict[str, Any]:
         """Ask every host that runs; those that die or take too long are left out."""
-        asked = [host for host in hosts or self._hosts.values() if host.state == "running"]
+        asked = self.running() if hosts is None else [host for host in hosts if host.state == "running"]
         answers = await asyncio.gather(*(asyncio.wait_for(host.call(op), ASK_LIMIT) for host in asked), return_exceptions=True)
         told = {}
         for host, answer in zip(asked, answers, strict=True):

@@ -46,7 +46,9 @@ class Record(msgspec.Struct):
     parent: str
     #: Create parameters, as given.
     attributes: dict[str, str] = {}
-    #: Attributes stored since, in order.
+    #: Attributes its definition has stored: in order, a name as often as it was, whether they can be read or not.
+    configured: list[tuple[str, str]] = []
+    #: Attributes stored since, in order, as far as they can be read: what cannot is no state but an action.
     settings: dict[str, str] = {}
     bind: bool = True
     #: Bound by hand to this driver.
@@ -57,6 +59,8 @@ class Record(msgspec.Struct):
     owner: str | None = None
     #: Whose rights its paths are opened with.
     peer: Peer | None = None
+    #: Sockets the service has opened for it outside its own folder: path to whose rights that was done with.
+    sockets: dict[str, Peer] = {}
     #: Seconds since the epoch; devices are made again in this order.
     created: float = msgspec.field(default_factory=time.time)
     #: The machine's run in which the device was made: no device outlives that.

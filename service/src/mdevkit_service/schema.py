@@ -32,6 +32,8 @@ class AttributeInfo(msgspec.Struct):
     #: Whether it can be given at creation.
     create: bool
     default: str | None = None
+    #: Whether its numbers only grow, so that the difference of two looks is a rate.
+    counter: bool = False
 
 
 class Type(msgspec.Struct):
@@ -44,6 +46,7 @@ class Type(msgspec.Struct):
     bus: str
     available_instances: int
     attributes: dict[str, str]
+    attribute_info: list[AttributeInfo]
     device_attributes: list[AttributeInfo]
 
 
@@ -71,6 +74,8 @@ class Device(msgspec.Struct):
     device_api: str
     #: creating, unbound, probing, bound, unbinding, deferred, removing; failed when its host has died or cannot make it again.
     state: str
+    #: Quiesced until it is resumed; the state is the one it goes on in.
+    suspended: bool = False
     driver: str | None = None
     driver_override: str | None = None
     modalias: str = ""
@@ -141,6 +146,13 @@ class DriverOverride(msgspec.Struct, forbid_unknown_fields=True):
     """The one driver that may bind; null for those that match."""
 
     driver: str | None
+
+
+class Power(msgspec.Struct, forbid_unknown_fields=True):
+    """What to suspend or resume: a device, a parent with its devices, or everything."""
+
+    device: str | None = None
+    parent: str | None = None
 
 
 class HostInfo(msgspec.Struct):

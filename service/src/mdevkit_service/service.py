@@ -27,6 +27,8 @@ log = logging.getLogger("mdevkit.service")
 API: Final = 1
 #: Seconds requests wait, after the start, for hosts that take long.
 START_LIMIT: Final = 5.0
+#: Seconds between two looks at what is installed.
+LOOK: Final = 5.0
 
 
 class Service:
@@ -41,6 +43,7 @@ class Service:
         self._forker: Final = forker
         self._stop: Final = stop
         self._started: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to find and start hosts; requests may come already, and wait in `ready`."""
@@ -50,6 +53,13 @@ class Service:
     async def _start(self) -> None:
         await self.hosts.start(self.devices)
         self.devices.sweep()
+        self._watching = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        """Find what is installed or removed though nobody asks: a definition may wait for its parent, a tree show none."""
+        while True:
+            await asyncio.sleep(LOOK)  # a path may be any folder of any file system: not all of them tell of changes
+            await self.hosts.keep_up()
 
     async def ready(self) -> None:
         """Wait until every host runs or has failed, or has had its time."""
@@ -79,9 +89,12 @@ class Service:
         """End in order: operations are finished, hosts without devices end, those with devices go on."""
         self.journal.close()
         await self.devices.finish()
-        if self._started is not None:
-            self._started.cancel()
-            await asyncio.gather(self._started, return_exceptions=True)
+        # A host that is just being started could not be told to stop.
+        await self.ready()
+        for task in (self._started, self._watching):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         try:
             busy = {device.parent for device in await self.devices.every()}
         except MdevError:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from mdevkit.errors import MdevError
+from mdevkit.sockets import is_stale
 
 from mdevkit_service.link import HostDiedError, Link
 
@@ -31,8 +32,8 @@ log = logging.getLogger("mdevkit.service")
 
 #: Seconds a plugin gets to be loaded by its host.
 START_LIMIT: Final = 30.0
-#: Seconds between restarts: none, then doubling from the first to the last.
-BACK_OFF: Final = (0.1, 5.0)
+#: Seconds between restarts: none, then doubling from the first to the last. A guest whose device is away gets errors after 4.5 s.
+BACK_OFF: Final = (0.1, 2.0)
 #: A host that has served for so many seconds gets its next restart without delay: guests wait for it.
 _RECOVERED: Final = 0.25
 #: Seconds a request waits for a host that is being started.
@@ -259,6 +260,7 @@ class HostProcess:
             "lock": str(file(self.key, ".lock")),
             "socket": str(file(self.key, ".sock")),
             "log": str(self._log),
+            "front": str(file(self.key, ".front")),
             "brokered": self._settings.brokered,
             "user": self._settings.host_ids,
         }
@@ -318,4 +320,8 @@ def living(folder: Path) -> list[str]:
         else:
             lock.with_suffix(".sock").unlink(missing_ok=True)
             lock.unlink(missing_ok=True)
+    for front in folder.glob("*.front"):
+        # Fronts may live where their host does not; then they wait for the next one.
+        if is_stale(str(front)):
+            front.unlink(missing_ok=True)
     return keys

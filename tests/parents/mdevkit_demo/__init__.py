@@ -147,6 +147,11 @@ DEVICE_ATTRIBUTES = (
     Attribute("serial", Text(), "Read-only.", lambda mdev: f"demo {mdev.uuid}"),
     Attribute("assign", Int(), "Adds a number to `assigned`, as vfio_ap's assign_adapter does.", store=_assign),
     Attribute("assigned", Text(), "What has been assigned.", lambda mdev: " ".join(map(str, mdev.values["assigned"]))),
+    Attribute("count", Int(), "How much has been assigned.", lambda mdev: len(mdev.values["assigned"]), counter=True),
+    Attribute(
+        "counts", Text(), "The same in two queues, and none.", lambda mdev: f"{len(mdev.values['assigned'])} 0", counter=True
+    ),
+    Attribute("odd", Text(), "A counter that is none.", lambda _: "many", counter=True),
     Attribute("crash", Int(0, 64), "Ends the process by this signal, 0 for SIGSEGV.", store=_crash),
     Attribute("hang", Int(0, 60), "Takes so many seconds.", store=lambda _mdev, value: time.sleep(value)),
 )

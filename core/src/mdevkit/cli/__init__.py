@@ -9,9 +9,7 @@ This module imports nothing that takes time: commands of which only the quick wa
 
 from __future__ import annotations
 
-import os
-import sys
-
+from mdevkit.cli.output import complain, unless_broken_off
 from mdevkit.errors import MdevError
 
 TYPE_CHECKING = False  # typing is what takes time
@@ -32,9 +30,12 @@ COMMANDS = {
     "plugin": "mdevkit.cli.plugin",
     "plugins": "mdevkit.cli.plugins",
     "remove": "mdevkit.cli.remove",
+    "resume": "mdevkit.cli.resume",
     "run": "mdevkit.cli.run",
+    "screenshot": "mdevkit.cli.screenshot",
     "service": "mdevkit.cli.service",
     "show": "mdevkit.cli.show",
+    "suspend": "mdevkit.cli.suspend",
     "sysfs": "mdevkit.cli.sysfs",
     "top": "mdevkit.cli.top",
     "types": "mdevkit.cli.types",
@@ -71,15 +72,7 @@ def _run(arguments: Sequence[str]) -> int:
 def _reporting(work: Callable[[], int | None]) -> int | None:
     """Do the work and return its exit code; errors are told on stderr."""
     try:
-        return work()
+        return unless_broken_off(work)
     except MdevError as error:
-        from mdevkit.cli.output import complain
-
         complain(f"{error} [{error.name}]")
         return 1
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; keep the interpreter from complaining when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        return 130

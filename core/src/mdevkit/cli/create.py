@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mdevkit.cli.complete import types
-from mdevkit.cli.options import settings as check_settings
-from mdevkit.cli.options import uuid_text
+from mdevkit.cli.options import AsJson, Parent, Settings, Socket, TypeId, Uuid, endpoint_path
 from mdevkit.cli.output import say, say_json
 from mdevkit.client import Client
 
 
 def command(
-    type_id: Annotated[
-        str, typer.Argument(metavar="TYPE", autocompletion=types, help="A type as `mdevkit types` shows it, e.g. mtty-2.")
-    ],
-    parent: Annotated[str | None, typer.Option("--parent", "-p", help="Create it on this parent.")] = None,
-    uuid: Annotated[
-        str | None, typer.Option("--uuid", "-u", callback=uuid_text, help="The device's UUID; made up by default.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", callback=check_settings, help="Set an attribute.")
-    ] = None,
+    type_id: TypeId,
+    parent: Parent = None,
+    uuid: Uuid = None,
+    settings: Settings = None,
     no_bind: Annotated[bool, typer.Option("--no-bind", help="Look for no driver.")] = False,
     driver: Annotated[str | None, typer.Option("--driver-override", metavar="DRIVER", help="Let only this driver bind it.")] = None,
-    socket: Annotated[str | None, typer.Option(metavar="PATH", help="Where to make the device's socket.")] = None,
+    socket: Socket = None,
     owner: Annotated[str | None, typer.Option(metavar="LABEL", help="Whose it is.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell whether it could be created, and where.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Create a device and print its UUID. It goes on until it is removed."""
     wish = {
@@ -40,7 +31,7 @@ def command(
         "attributes": dict(word.split("=", 1) for word in settings or []),
         "bind": not no_bind,
         "driver_override": driver,
-        "socket": socket and str(Path(socket).absolute()),
+        "socket": endpoint_path(socket),
         "owner": owner,
         "dry_run": dry_run,
     }

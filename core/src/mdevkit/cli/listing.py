@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 
-from mdevkit.cli.output import complain, say, say_json
+from mdevkit.cli.output import BOLD, DIM, GREEN, RED, Painted, complain, say, say_json, state
 from mdevkit.cli.remote import definitions, find, foreground, running_service
 from mdevkit.client import Client
 from mdevkit.errors import MdevError
@@ -61,9 +61,10 @@ def _print_devices(service: Client | None, devices: list[Facts], *, dump: bool, 
         return
     for device in devices:
         definition = stored.get(device["uuid"])
-        note = " (defined)" if definition else ""
-        note += " (failed)" if device["state"] == "failed" else ""
-        say(f"{device['uuid']} {device['parent']} {device['type']} {definition['start'] if definition else 'manual'}{note}")
+        start = definition["start"] if definition else "manual"
+        note = Painted(" (defined)" if definition else "", DIM)
+        failed = Painted(" (failed)" if device["state"] == "failed" else "", RED)
+        say(f"{device['uuid']} {device['parent']} {device['type']} {start}", note, failed)
         if verbose:
             _print_attributes(definition["attrs"] if definition else [])
             _print_state(device)
@@ -79,8 +80,8 @@ def _print_definitions(stored: list[Facts], *, as_json: bool, dump: bool, verbos
         say_json(_dump((item, item) for item in good))
     else:
         for item in good:
-            active = " (active)" if item["active"] else ""
-            say(f"{item['uuid']} {item['parent']} {item['mdev_type']} {item['start']}{active}")
+            active = Painted(" (active)" if item["active"] else "", GREEN)
+            say(f"{item['uuid']} {item['parent']} {item['mdev_type']} {item['start']}", active)
             if verbose:
                 _print_attributes(item["attrs"])
     for item in stored:
@@ -128,14 +129,24 @@ def _print_tree(parents: list[Facts], devices: list[Facts]) -> None:
     known = {parent["name"]: parent for parent in parents}
     for name in sorted({*known, *(device["parent"] for device in devices)}):
         parent = known.get(name, {"types": []})
-        say(name + (f" ({parent['error']})" if parent.get("error") else ""))
+        say(Painted(name, BOLD), Painted(f" ({parent['error']})" if parent.get("error") else "", RED))
         own = [device for device in devices if device["parent"] == name]
         room = {type_["id"]: type_["available_instances"] for type_ in parent["types"]}
         for type_id in [*room, *sorted({device["type"] for device in own} - set(room))]:
-            say(f"  {type_id}" + (f" ({room[type_id]} available)" if type_id in room else ""))
+            say(f"  {type_id}", Painted(f" ({room[type_id]} available)" if type_id in room else "", DIM))
             for device in own:
                 if device["type"] == type_id:
-                    say(f"    {device['uuid']} {device['state']}" + (f" {device['driver']}" if device.get("driver") else ""))
+                    say(f"    {device['uuid']} ", state(device["state"]), *_tail(device))
+
+
+def _tail(device: Facts) -> Iterable[object]:
+    """Yield what follows a device's state: its driver, whose it is, what is wrong with it."""
+    if device.get("driver"):
+        yield f" {device['driver']}"
+    if device.get("owner"):
+        yield Painted(f" owner={device['owner']}", DIM)
+    if device.get("error"):
+        yield Painted(f" ({device['error']})", RED)
 
 
 def show_device(uuid: str, *, as_json: bool = False) -> None:
@@ -151,10 +162,11 @@ def show_device(uuid: str, *, as_json: bool = False) -> None:
         return
     plain = {name: value for name, value in device.items() if name not in {"attributes", "attach", "endpoint"}}
     for name, value in {**plain, **(device.get("endpoint") or {})}.items():
-        if value not in {None, ""}:
-            say(f"{name.replace('_', ' '):16}{value}")
+        if value not in {None, "", False}:
+            shown = state(value) if name == "state" else "yes" if value is True else value
+            say(Painted(f"{name.replace('_', ' '):16}", DIM), shown)
     for name, value in device.get("attributes", {}).items():
-        say(f"{'attribute':16}{name} = {value}")
+        say(Painted(f"{'attribute':16}", DIM), f"{name} = {value}")
 
 
 def list_types(parents: list[Facts], *, as_json: bool = False) -> None:
@@ -163,7 +175,7 @@ def list_types(parents: list[Facts], *, as_json: bool = False) -> None:
         say_json([{parent["name"]: [{type_["id"]: _type_facts(type_)} for type_ in parent["types"]]} for parent in parents])
         return
     for parent in parents:
-        say(parent["name"])
+        say(Painted(parent["name"], BOLD))
         for type_ in parent["types"]:
             _print_type(type_)
 

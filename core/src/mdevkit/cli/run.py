@@ -8,14 +8,9 @@ import shlex
 import signal
 import sys
 import threading
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from mdevkit.cli.complete import types
-from mdevkit.cli.options import settings as check_settings
-from mdevkit.cli.options import uuid_text
+from mdevkit.cli.options import AsJson, Parent, Settings, Socket, TypeId, Uuid, endpoint_path
 from mdevkit.cli.output import say, say_json
 from mdevkit.errors import MdevError
 from mdevkit.registry import Registry
@@ -28,18 +23,12 @@ _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 def command(
-    type_id: Annotated[
-        str, typer.Argument(metavar="TYPE", autocompletion=types, help="A type as `mdevkit types` shows it, e.g. mtty-2.")
-    ],
-    parent: Annotated[str | None, typer.Option("--parent", "-p", help="Create it on this parent.")] = None,
-    uuid: Annotated[
-        str | None, typer.Option("--uuid", "-u", callback=uuid_text, help="The device's UUID; made up by default.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", callback=check_settings, help="Set an attribute.")
-    ] = None,
-    socket: Annotated[str | None, typer.Option(metavar="PATH", help="Where to make the device's socket.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    type_id: TypeId,
+    parent: Parent = None,
+    uuid: Uuid = None,
+    settings: Settings = None,
+    socket: Socket = None,
+    as_json: AsJson = False,
 ) -> None:
     """Create a device, print how to attach a hypervisor, and serve it until Ctrl-C."""
     for number in _SIGNALS:
@@ -50,7 +39,7 @@ def command(
             uuid=uuid,
             parent=parent,
             params=dict(word.split("=", 1) for word in settings or []),
-            endpoint_path=socket and str(Path(socket).absolute()),
+            endpoint_path=endpoint_path(socket),
         )
         facts = describe(mdev)
         with announced(mdev.name, facts):
@@ -84,8 +73,9 @@ def _print(facts: dict[str, Any]) -> None:
     say(f"device  {facts['uuid']} ({facts['type']} of {facts['parent']})")
     if "socket" in facts:
         say(f"socket  {facts['socket']}")
-    if "qemu" in facts["attach"]:
-        say(f"qemu    {shlex.join(facts['attach']['qemu'])}")
+    for client in ("qemu", "dpdk"):
+        if client in facts["attach"]:
+            say(f"{client}    {shlex.join(facts['attach'][client])}")
     for name, value in facts["attributes"].items():
         if name.endswith("_path") and value:
             say(f"{name}  {value}")

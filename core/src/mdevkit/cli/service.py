@@ -118,9 +118,21 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         return
     for name in ("version", "pid", "socket", "definitions", "devices"):
         say(f"{name:12}{facts[name]}")
-    for host in facts["hosts"]:
+    _print_hosts(facts["hosts"])
+
+
+def _print_hosts(hosts: list[dict[str, Any]]) -> None:
+    for host in hosts:
         error = f": {host['error']}" if host["error"] else ""
         say(f"{'host':12}{host['key']} pid {host['pid'] or '-'} {host['state']}{error}")
+
+
+@command.command("rescan")
+def rescan() -> None:
+    """Look for plugins that were installed, removed or mended. The service looks by itself when something is installed."""
+    with Client(start=False) as service:
+        hosts = service.post("/v1/rescan")
+    _print_hosts(hosts)
 
 
 @command.command("install")

@@ -1,4 +1,4 @@
-"""``mdevkit top``: devices, who uses them, and what their hosts cost."""
+"""``mdevkit top``: devices, who uses them, how fast their counters grow, and what their hosts cost."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from mdevkit.cli.output import say, say_json, say_table
+from mdevkit.cli.output import say, say_json, say_table, state
 from mdevkit.client import Client
+
+#: Device to the numbers of its counters by name.
+Counters = dict[str, dict[str, list[int]]]
 
 #: Clear the screen and go to its upper left corner (ECMA-48: ED, CUP).
 _CLEAR = "\x1b[2J\x1b[H"
@@ -24,7 +27,7 @@ def command(
     with Client() as service:
         before = _look(service)
         if as_json:
-            say_json({"hosts": before["hosts"], "devices": before["devices"]})
+            say_json({name: before[name] for name in ("hosts", "devices", "counters")})
             return
         left = times or (-1 if sys.stdout.isatty() else 1)
         while left:
@@ -37,7 +40,8 @@ def command(
 
 
 def _look(service: Client) -> dict[str, Any]:
-    return {"time": time.monotonic(), "hosts": service.get("/v1/hosts"), "devices": service.get("/v1/devices")}
+    look = {name: service.get(f"/v1/{name}") for name in ("hosts", "devices", "counters")}
+    return look | {"time": time.monotonic()}
 
 
 def _print(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -47,12 +51,35 @@ def _print(before: dict[str, Any], now: dict[str, Any]) -> None:
     for host in now["hosts"]:
         load = max(0.0, host["cpu"] - spent.get((host["key"], host["pid"]), host["cpu"])) / passed
         memory = f"{host['memory'] / 2**20:.0f} MiB"
-        rows.append([host["key"], host["pid"] or "-", host["state"], f"{load:.0%}", memory, host["restarts"]])
+        rows.append([host["key"], host["pid"] or "-", state(host["state"]), f"{load:.0%}", memory, host["restarts"]])
     say_table(["HOST", "PID", "STATE", "CPU", "MEMORY", "RESTARTS"], rows)
     if now["devices"]:
         say()
     devices = [
-        [device["uuid"], device["type"], device["state"], device["driver"] or "-", (device["endpoint"] or {}).get("client") or "-"]
+        [
+            device["uuid"],
+            device["type"],
+            state(device["state"]),
+            device["driver"] or "-",
+            (device["endpoint"] or {}).get("client") or "-",
+            device["owner"] or "",
+        ]
         for device in now["devices"]
     ]
-    say_table(["DEVICE", "TYPE", "STATE", "DRIVER", "CLIENT"], devices)
+    say_table(["DEVICE", "TYPE", "STATE", "DRIVER", "CLIENT", "OWNER"], devices)
+    _print_rates(before["counters"], now["counters"], passed)
+
+
+def _print_rates(before: Counters, now: Counters, passed: float) -> None:
+    """Print how fast counters grow, those that do; of several queues also each one's."""
+    rows = []
+    for uuid, counters in now.items():
+        for name, numbers in counters.items():
+            # A device that was made again counts from the beginning.
+            rates = [max(0, new - old) / passed for new, old in zip(numbers, before.get(uuid, {}).get(name, []), strict=False)]
+            if any(rates):
+                each = " ".join(f"{rate:.0f}" for rate in rates) if len(rates) > 1 else ""
+                rows.append([uuid, name, f"{sum(rates):.0f}/s", sum(numbers), each])
+    if rows:
+        say()
+    say_table(["DEVICE", "COUNTER", "RATE", "TOTAL", "EACH QUEUE"], rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from mdevkit.cli.output import complain, say
+from mdevkit.cli.output import complain, say, unless_broken_off
 from mdevkit.client import Client
 from mdevkit.errors import MdevError
 
@@ -30,24 +30,16 @@ def main() -> int:
 def run(program: str, arguments: Sequence[str]) -> int:
     """Run `arguments` of the command called `program`."""
     try:
-        _run(program, arguments)
-        sys.stdout.flush()
+        return unless_broken_off(lambda: _run(program, arguments))
     except UsageError as error:
         (complain if error.code else _print_lines)(error)
         return error.code
     except MdevError as error:
         complain(f"Error: {_with_causes(error)}")
         return 1
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; keep the interpreter from complaining when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
 
 
-def _run(program: str, arguments: Sequence[str]) -> None:
+def _run(program: str, arguments: Sequence[str]) -> int:
     if program == "lsmdev":
         name, usage, rest = "list", program, arguments
     else:
@@ -56,10 +48,11 @@ def _run(program: str, arguments: Sequence[str]) -> None:
     options = parse(usage, name, rest)
     if options.pop("version", False):
         say(f"{'lsmdev' if program == 'lsmdev' else 'mdevctl-list'} {COMPATIBLE}")
-        return
+        return 0
     with Client() as client:
         store, packaged = find_store(client)
         _HANDLERS[name](Manager(client, store, packaged, warn, complain), options)
+    return 0
 
 
 def _command(program: str, arguments: Sequence[str]) -> tuple[str, Sequence[str]]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import struct
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from mdevkit_service.sysfs import attributes, texts
 from mdevkit_service.sysfs.devices import DeviceFolder, power, uevent
-from mdevkit_service.sysfs.nodes import Binary, File, Fixed, Folder, Link, Listing, Node, text
-from mdevkit_service.sysfs.view import attribute_value
+from mdevkit_service.sysfs.nodes import Binary, File, Folder, Link, Listing, Node, text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -90,12 +88,12 @@ class TypeFolder(Folder):
         if name in {"device_api", "name", "description"}:
             value = getattr(self._type, name)
             return text(value) if value else None
-        return self._attribute(name)
+        return attributes.find(self._type.attribute_info, self._access, name)
 
     def names(self) -> list[str]:
         """See `Folder`."""
         told = [name for name in ("name", "description", "device_api") if getattr(self._type, name)]
-        vendors = dict.fromkeys(name.partition("/")[0] for name in self._type.attributes)
+        vendors = attributes.names(self._type.attribute_info)
         return list(dict.fromkeys(["create", "available_instances", "devices", *told, *vendors]))
 
     def _create(self, data: bytes) -> None:
@@ -105,16 +103,8 @@ class TypeFolder(Folder):
         types = self._system.view.now(self._parent.name).types
         return next((type_ for type_ in types if type_.id == self._type.id), self._type)
 
-    def _attribute(self, name: str) -> Node | None:
-        if name in self._type.attributes:
-            return File(partial(self._read, name))
-        below = f"{name}/"
-        inside = [full for full in self._type.attributes if full.startswith(below)]
-        nodes = {full.removeprefix(below): File(partial(self._read, full)) for full in inside}
-        return Fixed(nodes) if nodes else None
-
-    def _read(self, name: str) -> str:
-        return attribute_value(self._now().attributes, name)
+    def _access(self, name: str, value: str | None) -> str:
+        return self._system.view.type_attribute(self._parent.name, self._type.id, name, value)
 
     def _device(self, name: str) -> Node | None:
         device = self._system.device(name)

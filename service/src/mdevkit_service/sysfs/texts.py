@@ -12,6 +12,8 @@ from mdevkit.names import parse_uuid
 #: The most one write(2) hands to a store method, and the size every attribute claims to have (fs/kernfs/file.c, fs/sysfs/file.c).
 PAGE: Final = 4096
 
+#: A device's name.
+UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 #: What kstrtoul takes with base 0 (lib/kstrtox.c): no blanks, no sign but a plus, one newline.
 _UNSIGNED: Final = re.compile(r"\+?(?:0[xX](?P<hex>[0-9A-Fa-f]+)|(?P<octal>0[0-7]*)|(?P<decimal>[1-9][0-9]*))\n?")
 _UUID_LENGTH: Final = 36

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from mdevkit.errors import MdevError
 
+from mdevkit_service.sysfs import texts
 from mdevkit_service.sysfs.buses import BusesFolder
 from mdevkit_service.sysfs.nodes import Fixed, Folder, Link, Listing, Node
 from mdevkit_service.sysfs.parents import ParentFolder
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 #: The bus and, with ``_bus``, the class under which tools look for every parent and every device.
 COMMON: Final = "mdev"
 
-_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,9}")
 
 #: Tells that something was asked for by ``uevent``: path, bus or class, action, further variables.
@@ -48,7 +48,7 @@ class System:
 
     def device(self, name: str) -> Device | None:
         """Return the device of that UUID, if it has a place in the tree."""
-        if not _UUID.fullmatch(name):
+        if not texts.UUID.fullmatch(name):
             return None
         device = self.view.device(name)
         return device if device is not None and device.parent in self.view.parents() else None

@@ -12,13 +12,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import threading
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 import msgspec
 from mdevkit.errors import MdevError
 
 from mdevkit_service.schema import Device, Driver, Parent
+from mdevkit_service.sysfs import texts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -60,8 +61,8 @@ class View:
     def forget(self, subject: str) -> None:
         """Forget what an event is about, a device's UUID or a parent's name."""
         with self._lock:
-            self._devices.pop(subject, None)
-            if self._parents is not None and subject in self._parents:
+            # A subject that is no device we know may be a parent that is new.
+            if self._devices.pop(subject, None) is None and not texts.UUID.fullmatch(subject):
                 self._parents = None
             for forgotten in self._asking:
                 forgotten.add(subject)
@@ -100,7 +101,7 @@ class View:
         with self._question() as forgotten:
             found = {facts["name"]: msgspec.convert(facts, Parent) for facts in self._calls("GET", "/v1/parents")}
         with self._lock:
-            if self._live and forgotten.isdisjoint({"", *found}):
+            if self._live and all(map(texts.UUID.fullmatch, forgotten)):
                 self._parents = found
         return found
 
@@ -113,6 +114,10 @@ class View:
         """Read an attribute of a parent, or store `value`."""
         return self._attribute(f"/v1/parents/{quote(parent, safe='')}/attributes/{name}", value)
 
+    def type_attribute(self, parent: str, type_id: str, name: str, value: str | None = None) -> str:
+        """Read an attribute of a parent's type, or store `value`."""
+        return self._attribute(f"/v1/parents/{quote(parent, safe='')}/types/{quote(type_id, safe='')}/attributes/{name}", value)
+
     # -- devices ---------------------------------------------------------------------------------------------------
 
     def device(self, uuid: str) -> Device | None:
@@ -123,13 +128,17 @@ class View:
             return known
         try:
             with self._question() as forgotten:
-                found = msgspec.convert(self._calls("GET", f"/v1/devices/{uuid}"), Device)
+                found = self._ask(uuid)
         except MdevError as error:
             if error.errno != errno.ENODEV:
                 raise
             return None
         self._learn([found], forgotten)
         return found
+
+    def _ask(self, uuid: str) -> Device:
+        """Return a device as it is at this moment; its attributes, each a call of the vendor's, are not asked for. ENODEV."""
+        return msgspec.convert(self._calls("GET", f"/v1/devices/{uuid}?attributes=0"), Device)
 
     def devices(self, parent: str | None = None) -> list[Device]:
         """Return all devices (of a parent) there are at this moment."""
@@ -164,7 +173,7 @@ class View:
 
     def driver_override(self, uuid: str) -> str | None:
         """Return the one driver that may bind a device, as it is at this moment."""
-        return msgspec.convert(self._calls("GET", f"/v1/devices/{uuid}"), Device).driver_override
+        return self._ask(uuid).driver_override
 
     def set_driver_override(self, uuid: str, driver: str | None) -> None:
         """Let one driver only bind a device, or any."""
@@ -223,12 +232,3 @@ class View:
         with self._lock:
             for uuid in uuids & self._groups.keys():
                 del self._grouped[self._groups.pop(uuid)]
-
-
-def attribute_value(texts: Mapping[str, Any], name: str) -> str:
-    """Return the text of an attribute out of a table of them, in which ``<EIO>`` says why one could not be read."""
-    text = str(texts[name])
-    number = getattr(errno, text[1:-1], None) if text.startswith("<E") and text.endswith(">") else None
-    if isinstance(number, int):
-        raise MdevError(number, f"attribute {name} cannot be read")
-    return text
