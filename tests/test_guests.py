@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 from pathlib import Path
 
 import pytest
 
-from tests.guests import CommandFailedError, Device, DeviceError, Guest, GuestError, MissingKitError, QmpError
+from tests.guests import CommandFailedError, Device, DeviceError, Guest, GuestError, MissingKitError, QmpError, frames
 from tests.guests.initramfs import Initramfs, MissingModuleError, module_image, modules_in_order
+from tests.guests.interpreter import add_python
 from tests.guests.kit import find_kit
 from tests.guests.root import RootError, make_root
 
@@ -74,6 +76,28 @@ def test_what_a_device_that_cannot_be_served_says_is_told():
 def test_missing_kit_is_told_with_the_command_that_gets_it(empty_machine):
     with pytest.raises(MissingKitError, match=r"for want of QEMU 10\.1 or newer .*; get all of it with: \./dev guests"):
         find_kit.__wrapped__()
+
+
+def test_missing_python_is_told_with_the_command_that_gets_it(kit):
+    with pytest.raises(MissingKitError, match=r"the guest's Python is in the Debian root only; get it with: \./dev guests"):
+        add_python(Initramfs(), dataclasses.replace(kit, root=None))
+
+
+def _pktgen_frame(size: int, sequence: int, fill: bytes = b"\0") -> bytes:
+    """A frame as pktgen makes them: Ethernet, IPv4 and UDP, its own header, zeros."""
+    network = b"\x45\0" + (size - 14).to_bytes(2, "big") + bytes(16) + bytes(8)
+    own = 0xBE9BE955.to_bytes(4, "big") + sequence.to_bytes(4, "big") + bytes(8)
+    head = bytes(12) + b"\x08\0" + network + own
+    return head + fill * (size - len(head))
+
+
+@pytest.mark.parametrize(
+    "wrong", [_pktgen_frame(100, 6)[:-1], _pktgen_frame(100, 5), _pktgen_frame(100, 6, b"\1"), b"\0" + _pktgen_frame(99, 6)]
+)
+def test_a_wrong_frame_is_found_in_the_guest(wrong):
+    assert frames.check(_pktgen_frame(100, 6), 100, 5) == 6
+    with pytest.raises(frames.WrongFrameError, match=r"came"):
+        frames.check(wrong, 100, 5)
 
 
 def test_root_needs_a_debian_machine(empty_machine):

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,15 +28,28 @@ class DeviceError(Exception):
 
 
 class Device:
-    """A served device; a context manager that ends it. `settings` are its create parameters, by attribute name."""
+    """A served device; a context manager that ends it. `settings` are its create parameters, by attribute name.
 
-    def __init__(self, type_name: str, settings: dict[str, str] | None = None, *, timeout: float = 20) -> None:
+    `socket` is for a device that takes the place of another one that was served there. `module` is run instead of mdevkit.
+    """
+
+    def __init__(
+        self,
+        type_name: str,
+        settings: dict[str, str] | None = None,
+        *,
+        socket: str | None = None,
+        module: str = "mdevkit",
+        timeout: float = 20,
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="mdevkit-device-")
         #: Where the device is served.
-        self.socket = Path(self._folder.name) / "device.sock"
+        self.socket = Path(socket or f"{self._folder.name}/device.sock")
         chosen = [f"--set={name}={value}" for name, value in (settings or {}).items()]
-        command = [sys.executable, "-P", "-m", "mdevkit", "run", type_name, "--json", "--socket", str(self.socket), *chosen]
+        command = [sys.executable, "-P", "-m", module, "run", type_name, "--json", "--socket", str(self.socket), *chosen]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        if module != "mdevkit":  # one of the tests' own
+            environment["PYTHONPATH"] = str(Path(__file__).parents[2])
         self._process = subprocess.Popen(
             [*dies_with_us(), *command],
             env=environment,
@@ -69,6 +83,17 @@ class Device:
         """QEMU's arguments for this device."""
         return list(self.facts["attach"]["qemu"])
 
+    def attach(self, client: str = "qemu") -> list[str]:
+        """Return what ``mdevkit attach`` prints in another process for that client."""
+        command = [sys.executable, "-P", "-m", "mdevkit", "attach", self.facts["uuid"], f"--{client}"]
+        return shlex.split(subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout)
+
+    @property
+    def cpu_time(self) -> int:
+        """Nanoseconds that all threads of the process have run."""
+        threads = Path(f"/proc/{self.pid}/task").iterdir()
+        return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads)
+
     @property
     def description(self) -> dict[str, Any]:
         """What ``-device`` describes, for QMP's device_add."""
@@ -79,6 +104,11 @@ class Device:
     def terminals(self) -> list[str]:
         """The pseudo-terminals of the device's ``pty`` ports, in the order of the ports."""
         return re.findall(r"/dev/pts/\d+", self.output)
+
+    def kill(self) -> None:
+        """Kill the process with SIGKILL, as a crash would; its socket stays in the file system until `close`."""
+        self._process.kill()
+        self._process.wait()
 
     def close(self) -> int:
         """End the command as Ctrl-C would, and return its exit status. May be called again."""

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from tests.guests.initramfs import Initramfs, module_image, modules_in_order
+from tests.guests.interpreter import add_python
 from tests.guests.kit import Kit
 from tests.guests.qmp import Qmp
 
@@ -73,8 +74,9 @@ class Guest:
     """A running guest; a context manager that ends it.
 
     `devices` are QEMU arguments as ``mdevkit run`` prints them. `shared_memory` makes the guest's RAM a memfd that
-    devices may map. `modules` are loaded before the first command, `files` put into the initramfs. There is always one
-    empty slot for hot plug, the pcie-root-port `SLOT`.
+    devices may map. `modules` are loaded before the first command, `files` put into the initramfs, with a `python` if wanted.
+    There is always one empty slot for hot plug, the pcie-root-port `SLOT`. With `incoming` the guest does not boot: it is to come
+    from another QEMU with the same arguments, by `tests.guests.migration`.
     """
 
     SLOT = "slot0"
@@ -88,6 +90,9 @@ class Guest:
         shared_memory: bool = True,
         modules: Iterable[str] = (),
         files: Mapping[str, bytes] | None = None,
+        python: bool = False,
+        cpus: int = 1,
+        incoming: bool = False,
         boot_timeout: float = BOOT_TIMEOUT,
     ) -> None:
         self._number = 0
@@ -95,13 +100,14 @@ class Guest:
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mdevkit-guest-")))
             initramfs = folder / "initramfs"
-            initramfs.write_bytes(_initramfs(kit, modules, files or {}))
+            initramfs.write_bytes(_initramfs(kit, modules, files or {}, python))
             self._errors: IO[bytes] = stack.enter_context((folder / "stderr").open("w+b"))
             self._console, console = _socket_pair(stack)
             control, monitor = _socket_pair(stack)
             arguments = _machine(kit, initramfs, shared_memory, console.fileno(), monitor.fileno())
+            waiting = ["-S", "-incoming", "defer"] if incoming else []
             self._process = subprocess.Popen(
-                [*kit.qemu, *arguments, *devices],
+                [*kit.qemu, *arguments, "-smp", str(cpus), *waiting, *devices],
                 env=dict(kit.environment),
                 stdin=subprocess.DEVNULL,
                 stdout=self._errors,
@@ -113,7 +119,8 @@ class Guest:
             monitor.close()
             #: QEMU's monitor: device_add, device_del, query-..., events.
             self.qmp = Qmp(control)
-            self._wait_ready(boot_timeout)
+            if not incoming:
+                self._wait_ready(boot_timeout)
             self.qmp.start(boot_timeout)
             self._stack = stack.pop_all()
 
@@ -127,6 +134,14 @@ class Guest:
     def pid(self) -> int:
         """The process id of QEMU."""
         return self._process.pid
+
+    @property
+    def memory(self) -> Path:
+        """A file that holds the guest's RAM, byte for byte, as long as QEMU lives; only with `shared_memory`."""
+        for path in Path(f"/proc/{self.pid}/fd").iterdir():
+            if str(path.readlink()).startswith("/memfd:memory-backend-memfd"):
+                return path
+        raise GuestError(f"QEMU {self.pid} has no memfd for memory{self._tail()}")
 
     def run(self, command: str, timeout: float = 30) -> str:
         """Run a shell command and return what it printed, stdout and stderr together.
@@ -223,8 +238,10 @@ class Guest:
         return f"; the last of its output:\n{last}"
 
 
-def _initramfs(kit: Kit, modules: Iterable[str], files: Mapping[str, bytes]) -> bytes:
+def _initramfs(kit: Kit, modules: Iterable[str], files: Mapping[str, bytes], python: bool) -> bytes:
     archive = Initramfs()
+    if python:
+        add_python(archive, kit)
     archive.add_file("bin/busybox", kit.busybox.read_bytes(), executable=True)
     load = []
     for path in modules_in_order(kit.modules, modules):

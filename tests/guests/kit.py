@@ -33,6 +33,8 @@ class Kit:
     modules: Path
     busybox: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    #: The root that has a Python for the guest; None where the kit is the machine's own.
+    root: Path | None = None
 
     def version(self) -> str:
         """Return QEMU's version, as it prints it."""
@@ -64,6 +66,7 @@ def _kit_of_root(root: Path) -> Kit:
         modules=modules,
         busybox=root / "usr/bin/busybox",
         environment={"QEMU_MODULE_DIR": str(root / "usr/lib/x86_64-linux-gnu/qemu")},
+        root=root,
     )
 
 

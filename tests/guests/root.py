@@ -1,9 +1,9 @@
 """Makes the Debian roots of the tests: what guests boot from (QEMU 11 from trixie-backports, the stock kernel, a static
-busybox), and the tools that manage mediated devices (mdevctl, libvirt).
+busybox, a Python), and the tools that manage mediated devices (mdevctl, libvirt).
 
 The packages are downloaded by the machine's own apt, with its proxies and from its Debian mirror, but into a state of
 their own, and unpacked, not installed: no root rights, nothing of the machine changes. QEMU then runs in place through
-the root's own dynamic loader. About 20 s, 160 MB of download and 350 MB of disk for guests, 10 s, 40 MB and 150 MB for the tools.
+the root's own dynamic loader. About 20 s, 160 MB of download and 360 MB of disk for guests, 10 s, 40 MB and 150 MB for the tools.
 ``./dev guests`` does it.
 
 Roots live in ``$MDEVKIT_CACHE``, else ``/var/cache/mdevkit`` (root) or ``~/.cache/mdevkit``, in a folder named by the
@@ -38,8 +38,11 @@ class Recipe:
         return "root-" + hashlib.sha256(repr((self.suites, self.packages, self.revision)).encode()).hexdigest()[:12]
 
 
-#: The guest's kernel is the stable one.
-GUEST = Recipe(("trixie", "trixie-backports"), ("qemu-system-x86", "busybox-static", "linux-image-amd64/trixie"))
+#: The guest's kernel is the stable one; its Python is for what busybox cannot do, such as raw sockets.
+GUEST = Recipe(
+    ("trixie", "trixie-backports"),
+    ("qemu-system-x86", "busybox-static", "linux-image-amd64/trixie", "python3-minimal/trixie"),
+)
 #: With the shell and the tools that libvirt and scripts of mdevctl need to run in a root of their own.
 MANAGEMENT = Recipe(
     ("trixie",),

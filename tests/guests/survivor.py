@@ -1,54 +1,90 @@
-"""A program for tests: forks, at each line on stdin, a process that serves a device through a front, as a host of the service does.
+"""A serial card of the service whose host, or the service itself, is killed while somebody uses the card.
 
-    python -P -m tests.guests.survivor TYPE SOCKET [NAME=VALUE]...
-
-$MDEVKIT_FRONT names the porter's control socket. It prints the pid of each process it has forked, and ``ready`` and the pid once
-the device is served. The device has the same UUID each time. The processes go on until they are killed or get SIGTERM.
+How long a client has been held up is what its front says in the host's log: from the death of the process to the first request
+that the next one has answered, so the time in which the client wants nothing is part of it.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
+import re
+import statistics
 import sys
-from uuid import UUID
+import threading
+from collections.abc import Sequence
 
-from mdevkit.registry import Registry
+from mdevkit.client import Client
+from mdevkit.errors import MdevError
 
-_DEVICE = UUID("5c1a9c1e-7a52-4b5e-9a53-0d6f6c1f3a11")
+from tests.services import Running, wait_until
 
-
-def _serve(registry: Registry, type_id: str, socket: str, params: dict[str, str]) -> None:
-    parent = os.getppid()
-    with registry:
-        registry.create(type_id, uuid=_DEVICE, params=params, endpoint_path=socket)
-        sys.stdout.write(f"ready {os.getpid()}\n")
-        sys.stdout.flush()
-        # Nor does it outlive a test run that was killed.
-        while signal.sigtimedwait({signal.SIGTERM}, 1) is None and os.getppid() == parent:
-            pass
+#: The plugins a service needs for it.
+PLUGINS = "mdevkit-mtty,mdevkit-vfio"
+#: Seconds after which a front answers for a process that does not come back; QEMU gives up after 5.
+PATIENCE = 4.5
 
 
-def main() -> None:
-    """See the module."""
-    type_id, socket, *settings = sys.argv[1:]
-    params = dict(setting.split("=", 1) for setting in settings)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    logging.basicConfig(format="%(process)d %(name)s: %(message)s", level=logging.WARNING)
-    registry = Registry.discover()
-    # What takes time is imported here, so that a process is there in a few milliseconds.
-    with Registry.discover() as warm:
-        warm.create(type_id, params=params, endpoint_path=f"{socket}.warm", bind=False)
-    for _ in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            _serve(registry, type_id, socket, params)
-            os._exit(0)
-        sys.stdout.write(f"{pid}\n")
-        sys.stdout.flush()
+class Survivor:
+    """A card of type `type_id` in the service `running`."""
 
+    def __init__(self, running: Running, type_id: str = "mtty-1", **wish: object) -> None:
+        self.running = running
+        with running.client() as client:
+            self.device = client.post("/v1/devices", {"type": type_id, **wish})
+        self.uuid: str = self.device["uuid"]
+        self.socket: str = self.device["endpoint"]["socket"]
 
-if __name__ == "__main__":
-    main()
+    @property
+    def arguments(self) -> Sequence[str]:
+        """What to start QEMU with."""
+        return list(self.device["attach"]["qemu"])
+
+    def attribute(self, name: str) -> str:
+        """Return the text of an attribute; asks again when the host dies meanwhile."""
+        path = f"/v1/devices/{self.uuid}/attributes/{name}"
+
+        def ask() -> str | None:
+            try:
+                with Client(self.running.socket, start=False) as client:
+                    return str(client.get(path)["value"])
+            except MdevError:
+                return None
+
+        value = wait_until(ask, what=f"an answer about {name}")
+        assert isinstance(value, str)
+        return value
+
+    def kill(self) -> None:
+        """Kill its host, as soon as there is one."""
+        wait_until(lambda: "mtty" in self.running.hosts(), what="a host")
+        self.running.kill_host("mtty")
+
+    def kill_while_it_sends(self, size: int, times: int, stop: threading.Event) -> int:
+        """Kill the host so many times, evenly spread over `size` bytes the guest sends; return how often, fewer only on `stop`."""
+        for number in range(times):
+            goal = size * (number + 1) // (times + 1)
+            while int(self.attribute("port0_tx")) < goal:
+                if stop.wait(0.01):
+                    return number
+            self.kill()
+        return times
+
+    @property
+    def log(self) -> str:
+        """What its hosts and fronts have said."""
+        return (self.running.runtime / "hosts" / "mtty.log").read_text()
+
+    @property
+    def pauses(self) -> list[float]:
+        """Seconds each death has held its client up, in ascending order."""
+        return sorted(float(text) / 1e3 for text in re.findall(r"goes on after ([\d.]+) ms", self.log))
+
+    @property
+    def deaths(self) -> int:
+        """How often its process has died under a client."""
+        return self.log.count("its process has died")
+
+    def report(self) -> None:
+        """Print the pauses."""
+        pauses = self.pauses or [0.0]
+        facts = (pauses[0] * 1e3, statistics.median(pauses) * 1e3, pauses[-1] * 1e3)
+        sys.stdout.write(f"{len(self.pauses)} pauses: min {facts[0]:.1f}, median {facts[1]:.1f}, max {facts[2]:.1f} ms\n")
