@@ -452,8 +452,10 @@ def test_a_file_in_place_of_a_folder_is_refused(card: Any, tmp_path: Path):
     assert refusal(card, f"{tmp_path}/file/p0") == (errno.ENOTDIR, text)
 
 
-@pytest.mark.parametrize("kind", ["file", "socket"])
-def test_a_taken_path_is_refused_and_left_alone(card: Any, tmp_path: Path, kind: str):
+@pytest.mark.parametrize(
+    ("kind", "why"), [("file", "something that is no socket is there"), ("socket", "another server listens there")]
+)
+def test_a_taken_path_is_refused_and_left_alone(card: Any, tmp_path: Path, kind: str, why: str):
     path = tmp_path / "p0"
     with socket.socket(socket.AF_UNIX) as other:
         if kind == "socket":
@@ -461,7 +463,7 @@ def test_a_taken_path_is_refused_and_left_alone(card: Any, tmp_path: Path, kind:
             other.listen()
         else:
             path.write_text("mine")
-        assert refusal(card, str(path)) == (errno.EADDRINUSE, f"{path} is taken")
+        assert refusal(card, str(path)) == (errno.EADDRINUSE, f"{path} is taken: {why}")
     assert path.exists()
 
 

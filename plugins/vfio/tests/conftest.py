@@ -477,14 +477,15 @@ def make_card(no_leaks):
 class Nursery:
     """Processes that serve the one device at `path`, one after the other."""
 
-    def __init__(self, folder, fatal=2):
+    def __init__(self, folder, fatal=2, patience=4.5):
         self.folder = folder
         self.path = folder / "s"
         self.control = folder / "c"
         self.pid = 0
+        program = str(Path(__file__).with_name("nursery.py"))
         with (folder / "log").open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", str(Path(__file__).with_name("nursery.py")), str(self.control), str(self.path), str(fatal)],
+                [sys.executable, "-P", program, str(self.control), str(self.path), str(fatal), str(patience)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

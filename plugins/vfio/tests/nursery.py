@@ -1,6 +1,6 @@
 """A program for tests of fronts: a warmed process that forks, at each line on stdin, a process that serves a device.
 
-    nursery.py CONTROL SOCKET FATAL
+    nursery.py CONTROL SOCKET FATAL PATIENCE
 
 The device counts: every access changes it, so one that is lost, or carried out twice, shows for ever after. The program prints
 the pid of each process it has forked. Such a process serves the device until it is killed, or told to end by SIGTERM.
@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from mdevkit_vfio.front.wire import Limits
 from mdevkit_vfio.pci import Bar, Msix, PciDevice, PciIds
 from mdevkit_vfio.transport import Fronts, ParkedServer
 
@@ -78,8 +79,8 @@ class Counter(PciDevice):
             self.jobs += sum(data)
 
 
-def serve(control, path, fatal):
-    server = ParkedServer(Counter(), Path(path), "counter", fronts=Fronts(Path(control)), fatal=int(fatal))
+def serve(control, path, limits):
+    server = ParkedServer(Counter(), Path(path), "counter", fronts=Fronts(Path(control)), limits=limits)
     parent = os.getppid()
     server.start()
     # Nor does it outlive a test run that was killed.
@@ -89,7 +90,7 @@ def serve(control, path, fatal):
 
 
 def main():
-    control, path, fatal = sys.argv[1:]
+    control, path, fatal, patience = sys.argv[1:]
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     logging.basicConfig(format="%(process)d %(name)s: %(message)s", level=logging.WARNING)
@@ -98,7 +99,7 @@ def main():
         if pid == 0:
             code = 1
             try:
-                serve(control, path, fatal)
+                serve(control, path, Limits(int(fatal), float(patience)))
                 code = 0
             except OSError as error:
                 sys.stderr.write(f"{error}\n")

@@ -1,9 +1,12 @@
 """A client goes on while the process of its device dies: real processes, real SIGKILLs, one situation at a time.
 
-The processes are those of nursery.py, whose device counts every access. Kills at random are in stress_front.py.
+The processes are those of nursery.py, whose device counts every access. Kills at random are in test_front_kills.py.
 """
 
+import contextlib
 import errno
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +17,9 @@ import pytest
 from mdevkit.errors import MdevError
 from mdevkit_vfio import proto
 from mdevkit_vfio.client import VfioUserClient
+from mdevkit_vfio.pci import PciDevice, PciIds
 from mdevkit_vfio.proto import Command
+from mdevkit_vfio.transport import Fronts, ParkedServer
 from mdevkit_vfio.uapi import Irq, IrqSet
 
 #: Registers of the nursery's device.
@@ -219,6 +224,19 @@ def test_a_request_that_kills_its_process_twice_fails_the_device(nursery, until)
         assert client.region(0).read_int(TICKET, 4) == 1
 
 
+def test_a_socket_removed_while_there_is_no_process_was_a_device_removed(nursery, bar, until):
+    """What comes to the same name later is another device: it has a socket again, and the old client none."""
+    assert bar.read_int(TICKET, 4) == 1
+    nursery.kill()
+    nursery.path.unlink()
+    nursery.start()
+    until(nursery.path.exists)
+    with VfioUserClient.connect(nursery.path) as second:
+        assert second.region(0).read_int(TICKET, 4) == 1
+    with pytest.raises(MdevError):
+        bar.read_int(TICKET, 4)
+
+
 def _restart_when_dead(nursery, times):
     for _ in range(times):
         while Path(f"/proc/{nursery.pid}").exists():
@@ -231,6 +249,42 @@ def _registers(nursery):
     nursery.start()
     time.sleep(0.2)  # what it takes to be refused
     return Path(f"/proc/{nursery.pid}").exists()
+
+
+def test_a_failure_the_front_sees_late_reaches_the_process_that_has_taken_over(make_nursery, until):
+    nursery = make_nursery(fatal=1)
+    server = ParkedServer(PciDevice(PciIds(1, 2), {}), nursery.path, "counter", fronts=Fronts(nursery.control))
+    with VfioUserClient.connect(nursery.path, timeout=10) as client:
+        client.region(0).write_int(DIE, 4, 10_000, posted=True)
+        client.region(0).write_int(SUM, 4, 1, posted=True)
+        front = _front(nursery)
+        time.sleep(0.1)  # it sleeps in the middle of the request
+        os.kill(front, signal.SIGSTOP)
+        try:
+            nursery.kill()
+            server.start()
+            assert server.failure is None
+        finally:
+            os.kill(front, signal.SIGCONT)
+        until(lambda: server.failure is not None)
+        assert str(server.failure) == "counter has failed: its process has died 1 times in a row of a client's REGION_WRITE"
+        with pytest.raises(MdevError, match="the server refuses REGION_READ: EIO"):
+            client.region(0).read_int(TICKET, 4)
+    until(lambda: server.failure is None)
+    with VfioUserClient.connect(nursery.path) as client:
+        assert client.config.read_int(0, 2) == 1
+    server.close()
+
+
+def _front(nursery):
+    """The process id of the front."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            parent = path.with_name("stat").read_text().rpartition(")")[2].split()[1]
+            ours = os.fsencode(nursery.control) in Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+            if ours and path.with_name("comm").read_text() == "front counter\n":
+                return int(path.parent.name)
+    raise AssertionError("there is no front")
 
 
 def test_a_request_that_kills_its_process_once_is_carried_out_by_the_next(nursery, bar):

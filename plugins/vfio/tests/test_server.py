@@ -75,10 +75,31 @@ def test_a_folder_that_is_a_file_is_refused(recorder, folder, no_leaks):
     cannot_start(recorder, folder / "file" / "socket", errno.ENOTDIR, "file is not a folder")
 
 
-def test_a_folder_without_write_permission_is_refused(recorder, folder, no_leaks, monkeypatch):
-    # Root may write everywhere, so what is asked here is whether the answer of access(2) is heeded.
-    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != folder)
-    cannot_start(recorder, folder / "socket", errno.EACCES, f"the folder {folder} is not writable")
+def test_the_socket_is_made_by_whom_the_server_was_given(serve, recorder, connect, folder):
+    """It gets the path, and what it makes need not be set up."""
+    asked = []
+
+    def listen(path):
+        asked.append(path)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        listener.listen()
+        return listener
+
+    server = serve(recorder, "made", listen=listen)
+    assert asked == [str(folder / "made")]
+    assert connect(server).read(0, 0, 1) == b"\0"
+
+
+def test_what_the_maker_of_the_socket_raises_is_told_and_leaves_nothing(recorder, folder, no_leaks):
+    def listen(path):
+        raise MdevError(errno.EACCES, f"no permission to make files in {folder}", path)
+
+    server = VfioUserServer(recorder, folder / "socket", "card", listen=listen)
+    with pytest.raises(MdevError, match=f"no permission to make files in {folder}") as caught:
+        server.start()
+    assert caught.value.errno == errno.EACCES
+    server.close()
 
 
 def test_a_path_where_another_server_listens_is_refused(server, recorder, connect, make_recorder):

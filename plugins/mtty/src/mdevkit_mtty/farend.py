@@ -275,10 +275,7 @@ class UnixLine(Line):
         self._drop()
         if self._poller:
             self._poller.discard(self._listener.fileno())
-        # The folder may be one where whoever made the socket may remove files, and we may not.
-        with contextlib.suppress(OSError):
-            unlink_socket(self._listener, self._identity, self.path)
-        self._listener.close()
+        unlink_socket(self._listener, self._identity, self.path)
 
     def _admit(self) -> None:
         """Take the next peer, if there is one."""

@@ -34,7 +34,9 @@ class VfioUserEndpoint:
         self.server = server
 
     def describe(self) -> Mapping[str, str]:
-        """See `mdevkit.driver.Endpoint.describe`."""
+        """See `mdevkit.driver.Endpoint.describe`; EIO with the reason for a device that its clients' requests have killed."""
+        if self.server.failure is not None:
+            raise self.server.failure.with_traceback(None)
         client = self.server.client
         return {"kind": "vfio-user", "socket": str(self.server.path), "client": str(client) if client else ""}
 
@@ -63,7 +65,7 @@ class VfioMdevDriver(Driver):
 
     @hookimpl
     def driver_probe(self, device: Device) -> VfioUserEndpoint:
-        """Serve the device: EADDRINUSE, ENAMETOOLONG, ENOENT or EACCES for a socket path that cannot be used.
+        """Serve the device at a socket of `Mdev.listen`, whose errors are the caller's.
 
         With a front also EIO, for a device whose process has died of its client's requests.
         """
@@ -78,7 +80,7 @@ class VfioMdevDriver(Driver):
         ops = mdev.get_ops()
         if self._fronts is not None and can_be_parked(ops):
             return ParkedServer(ops, path, mdev.name, fronts=self._fronts, listen=mdev.listen, throttle=self._throttle)
-        return VfioUserServer(ops, path, mdev.name, throttle=self._throttle)
+        return VfioUserServer(ops, path, mdev.name, listen=mdev.listen, throttle=self._throttle)
 
     @hookimpl
     def driver_remove(self, device: Device) -> None:

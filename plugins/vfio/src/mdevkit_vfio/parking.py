@@ -41,8 +41,10 @@ _SIZE: Final = _FIRST + 2 * _SLOT
 class Parkable(Protocol):
     """What `VfioOps` have besides if their device can go on in another process. `PciDevice` implements it."""
 
-    #: Held while state changes; re-entrant.
-    lock: AbstractContextManager[None]
+    @property
+    def lock(self) -> AbstractContextManager[object]:
+        """Held while state changes; re-entrant."""
+        ...
 
     @property
     def parkable(self) -> bool:

@@ -13,14 +13,17 @@ import contextlib
 import errno
 import logging
 import os
+import socket
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from mdevkit.errors import MdevError
+from mdevkit.sockets import Listen, listen_at, socket_identity, unlink_socket
 
-from mdevkit_vfio.listener import Listener
 from mdevkit_vfio.ops import Client, VfioOps
 from mdevkit_vfio.reception import Newcomer, Reception
 from mdevkit_vfio.session import Exchange, Observer, Session
@@ -39,7 +42,7 @@ END_TIMEOUT: Final = 5.0
 
 
 class VfioUserServer:
-    """Serves `ops` at `path`. `name` is for logs, errors and thread names.
+    """Serves `ops` at `path`, with a socket that `listen` makes. `name` is for logs, errors and thread names.
 
     Servers of one process share a `Throttle`, so that a client that floods its device does not slow down the others'.
     """
@@ -50,12 +53,16 @@ class VfioUserServer:
         path: Path,
         name: str,
         *,
+        listen: Listen = listen_at,
         throttle: Throttle | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.ops: Final = ops
         self.path: Final = path
         self.name: Final = name
+        #: Why nobody is served although it has been started; set on the server's own thread.
+        self.failure: MdevError | None = None
+        self._listen: Final = listen
         self._throttle: Final = throttle or Throttle()
         # Guards what follows; held for a few statements, never over a call into the device or a wait.
         self._lock: Final = threading.Lock()
@@ -71,18 +78,22 @@ class VfioUserServer:
     def start(self) -> None:
         """Listen, and serve whoever comes. A server is started once.
 
-        Raises MdevError: ENAMETOOLONG (a path has at most 107 bytes), ENOENT, ENOTDIR or EACCES for its folder,
-        EADDRINUSE where another server listens or something else is in the way; EALREADY when started before.
+        Raises what `listen` does, in this process as `mdevkit.sockets.listen_at`: ENAMETOOLONG (a path has at most 107 bytes),
+        ENOENT, ENOTDIR or EACCES for its folder, EADDRINUSE where another server listens or something else is in the way;
+        EALREADY when started before.
         """
         with self._lock:
             if self._thread is not None:
                 raise MdevError(errno.EALREADY, f"{self.name} has been served at {self.path} already", self)
             with contextlib.ExitStack() as undo:
-                listener = Listener(self.path)
-                undo.callback(listener.close)
+                path = str(self.path)
+                listener = self._listen(path)
+                give_back = partial(unlink_socket, listener, socket_identity(path), path)
+                undo.callback(give_back)
+                listener.setblocking(False)
                 self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
                 undo.callback(os.close, self._wake)
-                thread = threading.Thread(target=self._run, args=(listener,), name=f"{self.name} accept", daemon=True)
+                thread = threading.Thread(target=self._run, args=(listener, give_back), name=f"{self.name} accept", daemon=True)
                 thread.start()
                 self._thread = thread
                 undo.pop_all()
@@ -181,15 +192,15 @@ class VfioUserServer:
 
     # -- the accepting thread ---------------------------------------------------------------------------------------
 
-    def _run(self, listener: Listener) -> None:
-        reception = Reception(listener.sock, self._wake)
+    def _run(self, listener: socket.socket, give_back: Callable[[], None]) -> None:
+        reception = Reception(listener, self._wake)
         try:
             while not self._closing:
                 self._once(reception)
         except Exception:
             log.exception("%s: the server failed", self.name)
         finally:
-            listener.close()
+            give_back()
             reception.close()
             self._end_session()
             with self._lock:

@@ -2,8 +2,8 @@
 
 `Transport` is what the driver knows of either. `mdevkit_vfio.server.VfioUserServer` listens itself, which is the fastest way;
 `ParkedServer` has a front (`mdevkit_vfio.front`) do so, for devices that shall survive this process. Which one a device gets is
-for whoever runs the process to say: with $MDEVKIT_FRONT set to the path of a control socket, in a folder of this user's that
-stays the same when the process is started again, devices that can be parked are.
+for whoever runs the process to say, as hosts of the service do: with $MDEVKIT_FRONT set to the path of a control socket, in a
+folder of this user's that stays the same when the process is started again, devices that can be parked are.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import Any, Final, Protocol, TypeGuard
 
 import mdevkit
 from mdevkit.errors import MdevError, wrap
-from mdevkit.sockets import Listen, listen_at
+from mdevkit.sockets import Listen, listen_at, socket_identity, unlink_socket
 
 import mdevkit_vfio
-from mdevkit_vfio.front.control import Control
-from mdevkit_vfio.front.front import FATAL
+from mdevkit_vfio.descriptors import close_all
+from mdevkit_vfio.front.control import Control, Note
 from mdevkit_vfio.front.session import Greeting, ParkableOps, ParkedSession
-from mdevkit_vfio.front.wire import Private, pack
+from mdevkit_vfio.front.wire import USUAL_LIMITS, Limits, Private, pack
 from mdevkit_vfio.ops import Client, VfioOps
 from mdevkit_vfio.server import DRAIN_INTERVAL, VfioUserServer
 from mdevkit_vfio.session import Observer
@@ -46,6 +46,8 @@ _LIMIT: Final = 5.0
 #: Seconds between attempts to register, and how many there are.
 _RETRY: Final = 0.005
 _ATTEMPTS: Final = 200
+#: Seconds between attempts to register with another porter.
+_REJOIN: Final = 1.0
 #: Started without the site's packages: a porter needs two folders, and starts in a third of the time.
 _PORTER: Final = "import sys; sys.path += sys.argv[3:]; from mdevkit_vfio.front.porter import main; main()"
 
@@ -61,6 +63,11 @@ class Transport(Protocol):
     @property
     def client(self) -> Client | None:
         """Who uses it; None while nobody does."""
+        ...
+
+    @property
+    def failure(self) -> MdevError | None:
+        """Why nobody is served although it has been started; None while all is well."""
         ...
 
     @property
@@ -89,6 +96,34 @@ def can_be_parked(ops: VfioOps) -> TypeGuard[ParkableOps]:
     return bool(getattr(ops, "parkable", False))
 
 
+class Registration:
+    """What a process has from a porter while it serves a device: a connection, and a copy of the listening socket."""
+
+    def __init__(self, control: Control, listener: socket.socket, path: Path) -> None:
+        self.control: Final = control
+        self._listener: Final = listener
+        self._path: Final = str(path)
+        self._identity: Final = socket_identity(self._path)
+
+    def listen(self) -> socket.socket | None:
+        """Return the listening socket once more for another porter; None when the last one has taken its path away."""
+        return self._listener.dup() if socket_identity(self._path) == self._identity else None
+
+    def close_copy(self) -> None:
+        """Forget the socket, which another registration has."""
+        self._listener.close()
+
+    def close(self) -> None:
+        """Give the device up; nothing is left of its socket, its front and their client afterwards."""
+        if self.control.send({"op": "remove"}):
+            while (note := self.control.receive()) is not None:
+                close_all(note.fds)
+        else:
+            unlink_socket(self._listener, self._identity, self._path)
+        self._listener.close()
+        self.control.close()
+
+
 class Fronts:
     """The porter whose control socket is at `path`; one is started when it is needed. Any thread may call."""
 
@@ -96,24 +131,23 @@ class Fronts:
         self._path: Final = path
         self._starting: Final = threading.Lock()
 
-    def register(self, name: str, path: Path, listen: Listen, *, fatal: int = FATAL) -> Control:
-        """Become the process that serves the device `name` at `path`; the connection lasts as long as that does.
+    def register(self, name: str, path: Path, listen: Listen, limits: Limits) -> Registration:
+        """Become the process that serves the device `name` at `path`, until the registration is closed.
 
-        `listen` makes the socket if the porter has none from an earlier process. So many deaths as `fatal` in a row, of one
-        request, and the device has failed. EADDRINUSE when another process goes on serving the device, EIO with the reason
-        when it has failed, ECONNREFUSED when no porter can be had, and what `listen` raises.
+        `listen` makes the socket if the porter has none from an earlier process. EADDRINUSE when another process goes on serving
+        the device, EIO with the reason when it has failed, ECONNREFUSED when no porter can be had, and what `listen` raises.
         """
-        facts = {"op": "serve", "name": name, "path": str(path), "fatal": fatal}
+        facts = {"op": "serve", "name": name, "path": str(path), "limits": limits}
         state = ""
         for _ in range(_ATTEMPTS):
             control = self._connect()
             try:
-                state = self._registered(control, facts, listen)
+                state, fds = self._registered(control, facts, listen)
             except BaseException:
                 control.close()
                 raise
-            if state == "served":
-                return control
+            if fds:
+                return Registration(control, socket.socket(fileno=fds[0]), path)
             # The last process is still being torn down, or the porter: soon there will be another answer.
             control.close()
             time.sleep(_RETRY)
@@ -121,20 +155,20 @@ class Fronts:
             raise MdevError(errno.EADDRINUSE, f"{name} is served by another process", path)
         raise MdevError(errno.ECONNREFUSED, f"no porter answers at {self._path}", self._path)
 
-    def _registered(self, control: Control, facts: dict[str, Any], listen: Listen) -> str:
-        state, reason = self._ask(control, facts)
-        if state == "unknown":
+    def _registered(self, control: Control, facts: dict[str, Any], listen: Listen) -> tuple[str, list[int]]:
+        """Return what the porter says, and with "served" the listening socket."""
+        note = self._ask(control, facts)
+        if note.facts["state"] == "unknown":
             with listen(facts["path"]) as listener:
-                state, reason = self._ask(control, facts, [listener.fileno()])
-        if state == "failed":
-            raise MdevError(errno.EIO, f"{facts['name']} has failed: {reason}", facts["path"])
-        return state
+                note = self._ask(control, facts, [listener.fileno()])
+        if note.facts["state"] == "failed":
+            raise MdevError(errno.EIO, f"{facts['name']} has failed: {note.facts['reason']}", facts["path"])
+        return note.facts["state"], note.fds
 
     @staticmethod
-    def _ask(control: Control, facts: dict[str, Any], fds: Sequence[int] = ()) -> tuple[str, str]:
+    def _ask(control: Control, facts: dict[str, Any], fds: Sequence[int] = ()) -> Note:
         control.send(facts, fds)
-        note = control.receive()
-        return (note.facts["state"], note.facts.get("reason", "")) if note is not None else ("", "")
+        return control.receive() or Note({"state": "gone"}, [])
 
     def _connect(self) -> Control:
         """Return a connection to the porter, started if there is none."""
@@ -179,13 +213,12 @@ class ParkedServer(VfioUserServer):
         listen: Listen = listen_at,
         throttle: Throttle | None = None,
         observer: Observer | None = None,
-        fatal: int = FATAL,
+        limits: Limits = USUAL_LIMITS,
     ) -> None:
-        super().__init__(ops, path, name, throttle=throttle, observer=observer)
+        super().__init__(ops, path, name, listen=listen, throttle=throttle, observer=observer)
         self._parkable: Final = ops
         self._fronts: Final = fronts
-        self._listen: Final = listen
-        self._fatal: Final = fatal
+        self._limits: Final = limits
         #: A front's connection that waits until the device is free.
         self._next: socket.socket | None = None
 
@@ -198,35 +231,35 @@ class ParkedServer(VfioUserServer):
             if self._thread is not None:
                 raise MdevError(errno.EALREADY, f"{self.name} has been served at {self.path} already", self)
             with contextlib.ExitStack() as undo:
-                control = self._fronts.register(self.name, self.path, self._listen, fatal=self._fatal)
-                undo.callback(control.close)
+                registration = self._fronts.register(self.name, self.path, self._listen, self._limits)
+                undo.callback(registration.close)
                 self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
                 undo.callback(os.close, self._wake)
-                thread = threading.Thread(target=self._attend, args=(control,), name=f"{self.name} front", daemon=True)
+                thread = threading.Thread(target=self._attend, args=(registration,), name=f"{self.name} front", daemon=True)
                 thread.start()
                 self._thread = thread
                 undo.pop_all()
 
     # -- the thread that listens to the porter ----------------------------------------------------------------------
 
-    def _attend(self, control: Control) -> None:
+    def _attend(self, registration: Registration) -> None:
         try:
             while not self._closing:
-                control = self._step(control)
+                if not self._step(registration.control):
+                    registration = self._rejoin(registration)
         except Exception:
             log.exception("%s: the server failed", self.name)
         finally:
-            control.send({"op": "remove"})
+            registration.close()
             if self._next is not None:
                 self._next.close()
             self._end_session()
-            control.close()
             with self._lock:
                 os.close(self._wake)
                 self._wake = -1
 
-    def _step(self, control: Control) -> Control:
-        """Wait for one event, and do what it asks for; return the connection to go on with."""
+    def _step(self, control: Control) -> bool:
+        """Wait for one event, and do what it asks for; False when the porter has died."""
         session = self._session
         ending = session is not None and session.hung_up()
         ready = self._wait(control, session.fileno() if session is not None and not ending else -1, ending=ending)
@@ -234,12 +267,12 @@ class ParkedServer(VfioUserServer):
             self._reap(session)
         elif session is not None and ending:
             session.drain()
-        if control.fileno() in ready:
-            control = self._hear(control)
+        if control.fileno() in ready and not self._hear(control):
+            return False
         if self._next is not None and self._session is None:
             sock, self._next = self._next, None
             self._greet(sock)
-        return control
+        return True
 
     def _wait(self, control: Control, attached: int, *, ending: bool) -> dict[int, int]:
         poll = select.poll()
@@ -252,24 +285,44 @@ class ParkedServer(VfioUserServer):
             os.eventfd_read(self._wake)
         return ready
 
-    def _hear(self, control: Control) -> Control:
+    def _hear(self, control: Control) -> bool:
+        """Take what the porter says; False when it has died."""
         note = control.receive()
         if note is None:
-            log.error("%s: the porter has died; a client that is there keeps its device while this process lives", self.name)
-            control.close()
-            return self._rejoin()
-        if self._next is not None:
-            self._next.close()
-        self._next = socket.socket(fileno=note.fds[0])
-        return control
+            return False
+        if note.facts["op"] == "failed":
+            reason = note.facts["reason"]
+            self.failure = MdevError(errno.EIO, f"{self.name} has failed: {reason}", self) if reason else None
+        elif note.fds:
+            if self._next is not None:
+                self._next.close()
+            self._next = socket.socket(fileno=note.fds[0])
+        return True
 
-    def _rejoin(self) -> Control:
-        """Register with another porter. A front that lost the old one frees the path by and by."""
-        while True:
-            with contextlib.suppress(MdevError):
-                return self._fronts.register(self.name, self.path, self._listen, fatal=self._fatal)
-            if self._closing:
-                return Control(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+    def _rejoin(self, old: Registration) -> Registration:
+        """Register with another porter, until it works out or the server is closed.
+
+        Whoever connects meanwhile waits in the socket, which is the same. A client that is there keeps its front, and the
+        device as long as this process lives: a front without a porter cannot get another one.
+        """
+        log.error("%s: the porter has died; a client that is there has its device while this process lives", self.name)
+        old.control.close()
+        while not self._closing:
+            try:
+                new = self._fronts.register(self.name, self.path, lambda path: old.listen() or self._listen(path), self._limits)
+            except MdevError as error:
+                self.failure = error
+                self._pause(_REJOIN)
+            else:
+                self.failure = None
+                old.close_copy()
+                return new
+        return old
+
+    def _pause(self, seconds: float) -> None:
+        """Wait, unless the server is closed meanwhile."""
+        if select.select([self._wake], [], [], seconds)[0]:
+            os.eventfd_read(self._wake)
 
     def _greet(self, sock: socket.socket) -> None:
         """Begin a session, unless nobody is served any more."""

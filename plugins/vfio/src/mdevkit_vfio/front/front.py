@@ -29,7 +29,7 @@ from mdevkit_vfio.framing import ANCILLARY, RECEIVE_FLAGS, Ancillary, FramingErr
 from mdevkit_vfio.front.control import Control
 from mdevkit_vfio.front.journal import JOURNALED, Journal
 from mdevkit_vfio.front.output import Output
-from mdevkit_vfio.front.wire import TURN_AT, Attach, Private, next_turn, pack, parse_parked
+from mdevkit_vfio.front.wire import TURN_AT, Attach, Limits, Private, next_turn, pack, parse_parked
 from mdevkit_vfio.parking import Commit, Park
 from mdevkit_vfio.proto import HEADER, HEADER_SIZE, NO_REPLY, TYPE_MASK, TYPE_REPLY, Command
 from mdevkit_vfio.reception import Newcomer, Reception
@@ -37,10 +37,6 @@ from mdevkit_vfio.session import peer
 
 log = logging.getLogger("mdevkit.front")
 
-#: Seconds after which a request is answered with an error: less than QEMU's x-msg-timeout of 5.
-PATIENCE: Final = 4.5
-#: So many deaths of the device's process in a row in the middle of one request, and the device has failed.
-FATAL: Final = 2
 #: So many deaths before the device has taken a new client, and that client is refused.
 FATAL_AT_ATTACH: Final = 5
 #: Seconds a front goes on without a client.
@@ -102,17 +98,11 @@ class Turn:
 
 
 class Front:
-    """Serves the clients that come to `listener`, one after the other, with the device that `porter` connects to.
+    """Serves the clients that come to `listener`, one after the other, with the device that `porter` connects to."""
 
-    `fatal` and `patience` are `FATAL` and `PATIENCE` but in tests.
-    """
-
-    def __init__(
-        self, listener: socket.socket, porter: Control, name: str, *, fatal: int = FATAL, patience: float = PATIENCE
-    ) -> None:
+    def __init__(self, listener: socket.socket, porter: Control, name: str, limits: Limits) -> None:
         self._name: Final = name
-        self._fatal: Final = fatal
-        self._patience: Final = patience
+        self._fatal, self._patience = limits
         self._porter: Control | None = porter
         # The eventfd is for waits this process does not do.
         self._reception: Final = Reception(listener, os.eventfd(0, os.EFD_CLOEXEC))

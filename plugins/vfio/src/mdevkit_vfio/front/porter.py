@@ -32,6 +32,7 @@ from mdevkit.sockets import socket_identity, unlink_socket
 from mdevkit_vfio.descriptors import close_all
 from mdevkit_vfio.front.control import Control, pair
 from mdevkit_vfio.front.front import Front
+from mdevkit_vfio.front.wire import Limits
 
 log = logging.getLogger("mdevkit.front")
 
@@ -54,13 +55,12 @@ class Process:
 class Device:
     """A registered device."""
 
-    def __init__(self, name: str, path: str, listener: socket.socket, fatal: int) -> None:
+    def __init__(self, name: str, path: str, listener: socket.socket, limits: Limits) -> None:
         listener.setblocking(False)
         self.name: Final = name
         self.path: Final = path
         self.listener: Final = listener
-        #: See `mdevkit_vfio.front.front.FATAL`.
-        self.fatal: Final = fatal
+        self.limits: Final = limits
         self.identity: Final = socket_identity(path)
         #: Who serves it; None while its process is away, which it is since `since`.
         self.process: Process | None = None
@@ -73,11 +73,17 @@ class Device:
         #: Why it is not to be served any more.
         self.failed: str | None = None
 
+    @property
+    def removed(self) -> bool:
+        """Whether somebody has removed its socket while its process was away, and so the device."""
+        return self.process is None and socket_identity(self.path) != self.identity
+
 
 class Porter:
-    """Serves whoever connects to `listener`, which is bound to `path`."""
+    """Serves whoever connects to `listener`, which is bound to `path`. `away` is `AWAY` but in tests."""
 
-    def __init__(self, listener: socket.socket, path: str) -> None:
+    def __init__(self, listener: socket.socket, path: str, *, away: float = AWAY) -> None:
+        self._away: Final = away
         self._listener: Final = listener
         self._path: Final = path
         self._identity: Final = socket_identity(path)
@@ -139,8 +145,11 @@ class Porter:
             self._register(process, note.facts, note.fds)
             return
         close_all(note.fds)
-        if note.facts["op"] == "remove" and process.device is not None:
-            self._drop(process.device)
+        if note.facts["op"] == "remove":
+            if process.device is not None and process.device.process is process:
+                self._drop(process.device)
+            # The end of the connection is the answer: nothing is left.
+            self._forget(process)
 
     def _forget(self, process: Process) -> None:
         """Take note that a process has died, or has finished."""
@@ -154,11 +163,11 @@ class Porter:
     def _register(self, process: Process, facts: dict[str, Any], fds: list[int]) -> None:
         name, path = str(facts["name"]), str(facts["path"])
         device = self._devices.get(name)
-        if device is not None and device.path != path:
+        if device is not None and (device.path != path or device.removed):
             self._drop(device)
             device = None
         if device is None and fds:
-            device = self._add(Device(name, path, socket.socket(fileno=fds.pop(0)), int(facts["fatal"])))
+            device = self._add(Device(name, path, socket.socket(fileno=fds.pop(0)), Limits(*facts["limits"])))
         close_all(fds)
         if device is None:
             process.control.send({"state": "unknown"})
@@ -169,7 +178,7 @@ class Porter:
         else:
             process.device, device.process = device, process
             self._arrival = time.monotonic()
-            process.control.send({"state": "served"})
+            process.control.send({"state": "served"}, [device.listener.fileno()])
             self._connect(device)
 
     def _add(self, device: Device) -> Device:
@@ -191,8 +200,8 @@ class Porter:
     def _drop_the_lost(self) -> None:
         now = time.monotonic()
         for device in [device for device in self._devices.values() if device.process is None]:
-            forgotten = device.since < self._arrival < now - AWAY
-            if forgotten or (device.front is None and device.since < now - AWAY):
+            forgotten = device.since < self._arrival < now - self._away
+            if forgotten or (device.front is None and device.since < now - self._away):
                 log.warning("%s: its process has not come back; its socket is closed", device.name)
                 self._drop(device)
 
@@ -236,6 +245,9 @@ class Porter:
             self._connect(device)
         elif note.facts["op"] == "failed":
             device.failed = note.facts["reason"]
+            if device.process is not None:
+                # One that had registered before the front saw what became of the last one.
+                device.process.control.send(note.facts)
 
     def _end_front(self, device: Device) -> None:
         """Let go of a front that has ended, or that ends because it has just been told so."""
@@ -271,7 +283,7 @@ def _become_front(device: Device, porter: Control) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _close_others({0, 1, 2, porter.fileno(), device.listener.fileno()})
         Path("/proc/self/comm").write_text(f"front {device.name[:8]}")
-        Front(device.listener, porter, device.name, fatal=device.fatal).run()
+        Front(device.listener, porter, device.name, device.limits).run()
         code = 0
     except BaseException:  # noqa: BLE001  (nothing may run in the forked copy of the porter)
         traceback.print_exc()

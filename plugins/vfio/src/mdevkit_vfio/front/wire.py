@@ -35,6 +35,18 @@ TURN_AT: Final = 12
 _LAST_TURN: Final = (1 << 32) - 1
 
 
+class Limits(NamedTuple):
+    """What a front puts up with; other figures are for tests."""
+
+    #: So many deaths of the device's process in a row in the middle of one request, and the device has failed.
+    fatal: int = 2
+    #: Seconds after which a request is answered with an error: less than QEMU's x-msg-timeout of 5.
+    patience: float = 4.5
+
+
+USUAL_LIMITS: Final = Limits()
+
+
 class Private(IntEnum):
     """Commands of our own."""
 
