@@ -48,6 +48,8 @@ MANAGEMENT = Recipe(
     ("trixie",),
     ("mdevctl", "libvirt-daemon", "libvirt-daemon-driver-nodedev", "libvirt-clients", "dash", "coreutils", "mount", "libc-bin"),
 )
+#: A testpmd of today beside the one of Debian 12.
+DPDK = Recipe(("trixie",), ("dpdk-dev",))
 
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 

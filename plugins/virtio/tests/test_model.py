@@ -517,7 +517,7 @@ def test_live_changes_lose_nothing(guests, echo, features):
     guest.start()
     changes = [
         lambda: echo.set_map(guest.table()),
-        lambda: echo.set_vq_kick(0, guest.eventfd()),
+        lambda: guest.set_kick(0, guest.eventfd()),
         lambda: echo.set_vq_cb(0, Callback(trigger=guest.eventfd())),
         lambda: echo.set_log(None),
     ]

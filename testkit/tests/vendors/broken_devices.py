@@ -631,7 +631,7 @@ class TestRemembersClients(Suite):
     device = TestResetsHalf.device
 
 
-@fails(test_killed_client_leaves_the_device_usable=r"left behind by a client that was killed: descriptor \d+ \(anon_inode:")
+@fails(test_killed_client_leaves_the_device_usable=r"left behind by a client that was killed: .*anon_inode:")
 class TestKeepsEventfds(Suite):
     class device(Registers):
         def set_irqs(self, request: Any) -> None:

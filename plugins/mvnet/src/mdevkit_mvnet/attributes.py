@@ -240,4 +240,10 @@ def _switches() -> tuple[Attribute[Any], ...]:
 
 
 def _statistic(name: str, doc: str) -> Attribute[Sequence[int]]:
-    return Attribute(name, Counts(), f"{doc} One number for each queue pair.", show=lambda mdev: _device(mdev).statistic(name))
+    return Attribute(
+        name,
+        Counts(),
+        f"{doc} One number for each queue pair.",
+        show=lambda mdev: _device(mdev).statistic(name),
+        counter=True,
+    )

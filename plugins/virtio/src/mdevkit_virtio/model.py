@@ -2,8 +2,8 @@
 
 Threads. Ops come from the driver's thread, one at a time; a vendor's attributes come from any. `VirtioModel.lock` is held in every
 op that changes something and in the hooks that say so. Buffers are processed on the threads of workers (`mdevkit_virtio.workers`).
-Those never take the lock, nor wait for a thread that may have it: whoever holds it may be waiting for a worker to stand still. Status,
-configuration and readiness can be read by any thread without it.
+Those never take the lock, nor wait for a thread that may have it: whoever holds it may be waiting for a worker to stand still.
+Status, configuration and readiness can be read by any thread without it.
 
 Changes of a live device (memory, logging, descriptors, callbacks) are made while its workers stand still, for about one burst.
 """

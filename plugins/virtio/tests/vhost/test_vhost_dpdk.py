@@ -6,7 +6,6 @@ import contextlib
 import os
 import pty
 import re
-import shutil
 import subprocess
 import tempfile
 import threading
@@ -16,9 +15,9 @@ import pytest
 from mdevkit_virtio.vhost.driver import VhostUserEndpoint
 from mdevkit_virtio.vhost.sources import Connecting
 
-TESTPMD = shutil.which("dpdk-testpmd")
-INSTALL = "no dpdk-testpmd: apt-get install -y --no-install-recommends dpdk dpdk-dev"
-pytestmark = [pytest.mark.skipif(TESTPMD is None, reason=INSTALL), pytest.mark.timeout(180)]
+from tests import dpdk
+
+pytestmark = pytest.mark.timeout(180)
 
 #: Seconds anything may take on a machine that has much else to do.
 LIMIT = 30
@@ -29,7 +28,7 @@ EVENT = re.compile(r"\r*\nPort \d+: link state change event\r*\n")
 class Pmd:
     """One testpmd that sends back what it receives. It is asked over its standard input, and gives its answers in order."""
 
-    def __init__(self, vdev, *, queues=1):
+    def __init__(self, program, vdev, *, queues=1):
         self.output = ""
         self._heard = threading.Condition()
         # Its runtime files; DPDK looks nowhere else.
@@ -37,7 +36,7 @@ class Pmd:
         # A terminal, because to a pipe it would tell its statistics when it ends.
         self._terminal, terminal = pty.openpty()
         self._process = subprocess.Popen(
-            self._command(vdev, queues),
+            [*program, *self._options(vdev, queues)],
             stdin=subprocess.PIPE,
             stdout=terminal,
             stderr=terminal,
@@ -50,11 +49,11 @@ class Pmd:
         self._reader.start()
 
     @staticmethod
-    def _command(vdev, queues):
+    def _options(vdev, queues):
         cpu = max(os.sched_getaffinity(0))
         eal = ["--lcores", f"0@{cpu},1@{cpu}", "--no-huge", "-m", "128", "--no-pci", "--no-telemetry", *vdev]
         rings = [f"--rxq={queues}", f"--txq={queues}", "--rxd=256", "--txd=256", "--total-num-mbufs=8192"]
-        return [TESTPMD, *eal, "--", "-i", "--nb-cores=1", "--forward-mode=io", "--no-flush-rx", *rings]
+        return [*eal, "--", "-i", "--nb-cores=1", "--forward-mode=io", "--no-flush-rx", *rings]
 
     def _read(self):
         # The end of a terminal that nobody holds any more is EIO.
@@ -115,13 +114,14 @@ class Pmd:
         self.kill()
 
 
-@pytest.fixture
-def testpmd(later):
+@pytest.fixture(params=dpdk.VERSIONS)
+def testpmd(request, later):
     """Starts testpmd with a device's arguments."""
+    program_line = dpdk.testpmd(request.param)
 
     def start(served, more="", **options):
         *option, vdev = VhostUserEndpoint(served.server, "x").attach("dpdk")
-        program = Pmd([*option, vdev + more], **options)
+        program = Pmd(program_line, [*option, vdev + more], **options)
         later(lambda: program.kill() if program._process.returncode is None else None)
         return program
 

@@ -81,7 +81,7 @@ static bool log_pieces(mv_queue *q, const mv_log *log, place at, uint64_t length
 }
 
 /* What becomes of a frame, besides the reasons a burst ends for: MV_MORE if it is moved. */
-enum { TOO_LARGE = 100, FETCH = 1536 };
+enum { TOO_LARGE = 100, FETCH = 512 };
 
 /* A burst: how many slots it uses up, how far receive buffers are looked up, the pieces of the next one, how many frames
  * there are still, and how long the next is. */

@@ -78,9 +78,11 @@ class Serving(VfioBase):
         return self.create_bound(mdev_type, registry)
 
     @pytest.fixture
-    def pristine(self, registry: Registry, mdev_type: MdevType) -> Callable[[VfioUserClient], None]:
+    def pristine(self, type_id: str) -> Callable[[VfioUserClient], None]:
         """Return a check that a client finds a device as it was when it was created."""
-        fresh, other = self.fresh(mdev_type, registry), self.fresh(mdev_type, registry)
+        # In a registry of their own: a type may have room for the one device that is served.
+        with self.make_registry() as apart:
+            fresh, other = (self.fresh(apart.type(type_id), apart) for _ in range(2))
 
         def check(client: VfioUserClient) -> None:
             found = differences(fresh, fingerprint(reader(client), fresh), volatile(fresh, other))
@@ -91,7 +93,7 @@ class Serving(VfioBase):
 
     def test_client_sees_what_the_device_says(self, registry: Registry, mdev_type: MdevType, served: Mdev) -> None:
         """Checks that a client is told of the same regions and interrupts as the ops tell the driver."""
-        with self.opened(self._another(registry, mdev_type)) as ops, connect(served) as client:
+        with self.opened(self.another(registry, mdev_type)) as ops, connect(served) as client:
             assert client.info == ops.info()
             for index in range(ops.info().num_regions):
                 told, info = client.region(index), ops.region_info(index)
@@ -180,7 +182,7 @@ class Serving(VfioBase):
     @needs("migration")
     def test_state_moves_between_clients(self, registry: Registry, mdev_type: MdevType, served: Mdev) -> None:
         """Checks that a client's device is migrated to another client's, by STOP_COPY and by PRE_COPY where there is one."""
-        other = self._another(registry, mdev_type, bind=True)
+        other = self.another(registry, mdev_type, bind=True)
         with connect(served) as source, connect(other) as target:
             flags = source.migration.flags
             for path in [[S.STOP_COPY]] + ([[S.PRE_COPY, S.STOP_COPY]] if flags & MigrationFlag.PRE_COPY else []):
@@ -226,11 +228,6 @@ class Serving(VfioBase):
         assert mdev_type.available_instances == instances, "a create that failed took an instance"
         left = before.leaks()
         assert not left, f"left behind by a create that failed: {', '.join(left)}"
-
-    def _another(self, registry: Registry, type_: MdevType, *, bind: bool = False) -> Mdev:
-        if not type_.available_instances:
-            pytest.skip(f"{type_} has no room for a second device")
-        return self.create(type_, registry, bind=bind)
 
 
 def _answer(ask: Callable[[int], IrqInfo], index: int) -> IrqInfo | None:
