@@ -93,7 +93,7 @@ class Serving(VfioBase):
 
     def test_client_sees_what_the_device_says(self, registry: Registry, mdev_type: MdevType, served: Mdev) -> None:
         """Checks that a client is told of the same regions and interrupts as the ops tell the driver."""
-        with self.opened(self.another(registry, mdev_type)) as ops, connect(served) as client:
+        with self.opened(self.another(mdev_type, registry)) as ops, connect(served) as client:
             assert client.info == ops.info()
             for index in range(ops.info().num_regions):
                 told, info = client.region(index), ops.region_info(index)
@@ -182,7 +182,7 @@ class Serving(VfioBase):
     @needs("migration")
     def test_state_moves_between_clients(self, registry: Registry, mdev_type: MdevType, served: Mdev) -> None:
         """Checks that a client's device is migrated to another client's, by STOP_COPY and by PRE_COPY where there is one."""
-        other = self.another(registry, mdev_type, bind=True)
+        other = self.another(mdev_type, registry, bind=True)
         with connect(served) as source, connect(other) as target:
             flags = source.migration.flags
             for path in [[S.STOP_COPY]] + ([[S.PRE_COPY, S.STOP_COPY]] if flags & MigrationFlag.PRE_COPY else []):
