@@ -14,6 +14,7 @@ import errno
 import fcntl
 import mmap
 import os
+import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -150,6 +151,8 @@ class DirtyLog:
         self._mapping: Final = Mapping(fd, size, offset)
         self.host: Final = self._mapping.host
         self.size: Final = size
+        #: For engines without an atomic OR: several queue pairs share a log, and each has a thread.
+        self.lock: Final = threading.Lock()
 
 
 def _check_file(fd: int, end: int) -> None:

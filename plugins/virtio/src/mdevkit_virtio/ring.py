@@ -515,7 +515,7 @@ def mark_dirty(log: DirtyLog, guest: int, length: int) -> None:
     """Set the bits of a range in a dirty log; the data must have been written before.
 
     Not atomic: a bit the reader clears between our read and our write comes back, which costs it a page and loses nothing.
-    Two writers could lose each other's bits, so rings that share a log belong to one thread.
+    The log's lock keeps writers, the threads of other queue pairs, from losing each other's bits.
     """
     if not length:
         return
@@ -523,7 +523,8 @@ def mark_dirty(log: DirtyLog, guest: int, length: int) -> None:
         if page >> 3 >= log.size:
             raise BrokenError(Fault.LOG, page << LOG_PAGE_SHIFT)
         host = log.host + (page >> 3)
-        access.write(host, bytes((access.read(host, 1)[0] | 1 << (page & 7),)))
+        with log.lock:
+            access.write(host, bytes((access.read(host, 1)[0] | 1 << (page & 7),)))
 
 
 def _is_available(flags: int, wrap: bool) -> bool:
