@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import uuid as uuids
 from pathlib import Path
 
@@ -69,6 +70,13 @@ def serving(environment):
 
 def left_behind(runtime):
     return sorted(str(path.relative_to(runtime)) for path in runtime.rglob("*") if not path.is_dir())
+
+
+def until(true):
+    """Wait for what only a command can tell."""
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
 
 
 def fails(result, code, *words):
@@ -187,10 +195,40 @@ def test_a_device_killed_outright_is_not_found_and_its_name_is_free_again(servin
     process.wait()
     assert Path(facts["socket"]).is_socket(), "SIGKILL cannot be cleaned up after"
     fails(mdevkit("attach", UUID), 1, "there is no running device")
+    assert left_behind(runtime) == [f"mdevkit/{UUID}.sock"]
     again, _ = serving("mtty-2", "--uuid", UUID)
     again.terminate()
     assert again.wait(20) == 0
     assert left_behind(runtime) == []
+
+
+def shown(mdevkit):
+    return json.loads(mdevkit("show", UUID, "--json").stdout)
+
+
+def test_show_tells_how_a_device_is_now(serving, mdevkit):
+    _, facts = serving("mvnet_loopback-virtio", "--uuid", UUID)
+    assert shown(mdevkit) == facts
+    assert mdevkit("pktgen", UUID, "--count", "300").returncode == 0
+    now = shown(mdevkit)
+    assert (facts["attributes"]["tx_packets"], now["attributes"]["tx_packets"]) == ("0", "300")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.connect(facts["socket"])
+        until(lambda: f"pid {os.getpid()}" in shown(mdevkit)["client"])
+    until(lambda: not shown(mdevkit)["client"])
+
+
+def test_a_device_whose_process_stands_still_is_shown_as_it_began(serving, mdevkit):
+    process, facts = serving("mtty-2", "--uuid", UUID)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        device = shown(mdevkit)
+        assert mdevkit("list").stdout.startswith(UUID)
+    finally:
+        process.send_signal(signal.SIGCONT)
+    assert device.pop("error") == f"its process (pid {process.pid}) does not answer; this is how it began"
+    assert device == facts
+    assert shown(mdevkit) == facts
 
 
 def test_attributes_are_set_at_creation(serving):

@@ -20,7 +20,7 @@ import pytest
 
 from tests.guests import Guest
 from tests.guests.serial import EXCHANGE, ports_at_boot
-from tests.guests.survivor import PATIENCE, PLUGINS, Survivor
+from tests.survivor import PATIENCE, PLUGINS, Survivor
 from tests.services import Running, wait_until
 
 SIZE = 24 * 1024

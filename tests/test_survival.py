@@ -21,7 +21,7 @@ import pytest
 from mdevkit.errors import MdevError
 from mdevkit_vfio.client import VfioUserClient
 
-from tests.guests.survivor import PATIENCE, Survivor
+from tests.survivor import PATIENCE, Survivor
 from tests.services import PARENTS, Running, alive, wait_until
 
 MDEVKIT = Path(sys.executable).with_name("mdevkit")

@@ -132,5 +132,3 @@ def _short(number: float) -> str:
     """Return a number with three digits and a unit."""
     power = max(0, min(3, (len(str(int(number))) - 1) // 3))
     return f"{number / 1000**power:.3g} {' kMG'[power]}".strip()
-
-
