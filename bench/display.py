@@ -2,11 +2,11 @@
 
     python bench/display.py [--rounds N]
 
-One guest has both cards, 2560x1600 each, and the kernel's bochs-drm on both. It writes pictures to either framebuffer in turn, and
-each time a screenshot is taken: of ours with `mdevkit.screen` (the pixels) and ``mdevkit screenshot`` (a PNG), of QEMU's with
-QMP's ``screendump``, as PPM and as PNG. The fill goes to the framebuffer console's shadow buffer and from there to the card, as for any
-program that draws on /dev/fb0; it is timed in the guest until the card has it. Both should be alike: ours is memory that the guest has
-mapped, too. Run it from an environment made by `./dev setup`, after `./dev guests`, on a quiet machine.
+One guest has both cards, 2560x1600 each, and the kernel's bochs-drm on both. It writes pictures to either framebuffer in turn,
+and each time a screenshot is taken: of ours with `mdevkit.screen` (the pixels) and as a PNG, of QEMU's with QMP's
+``screendump``, as PPM and as PNG. What is written goes to the framebuffer's shadow buffer, and from there a worker of the
+kernel's takes it to the card meanwhile, as for any program that draws on /dev/fb0. Both should be alike: ours is memory that
+the guest has mapped, too. Run it from an environment made by `./dev setup`, after `./dev guests`, on a quiet machine.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ WIDTH, HEIGHT = 2560, 1600
 SIZE = WIDTH * HEIGHT * 4
 #: QEMU's card with as much memory as ours, and a monitor of the same size.
 PEER = f'{{"driver":"bochs-display","id":"peer","vgamem":{64 << 20},"xres":{WIDTH},"yres":{HEIGHT}}}'
+FILL, PIXELS, PNG = "fill through /dev/fb0", "screenshot: pixels (PPM)", "screenshot: PNG"
 NO_CONSOLE = "for v in /sys/class/vtconsole/*; do echo 0 > $v/bind; done; true"
 
 
@@ -45,11 +46,9 @@ def timed(work: Callable[[], Any]) -> float:
 
 def fill_seconds(guest: Guest, name: str) -> float:
     """Return how long the guest takes to write a picture, as it measures it itself."""
-    command = (
-        f"s=$(cut -d' ' -f1 /proc/uptime); for i in 1 2 3 4; do cat /picture > /dev/{name}; done; e=$(cut -d' ' -f1 /proc/uptime)"
-    )
-    start, end = guest.run(f"{command}; echo $s $e", timeout=120).split()
-    return (float(end) - float(start)) / 4
+    fill = f"for i in 1 2 3 4 5 6 7 8; do cat /picture > /dev/{name}; done"
+    start, end = guest.run(f"cut -d' ' -f1 /proc/uptime; {fill}; cut -d' ' -f1 /proc/uptime", timeout=120).split()
+    return (float(end) - float(start)) / 8
 
 
 def report(name: str, ours: list[float], peer: list[float]) -> None:
@@ -71,7 +70,7 @@ def measure(guest: Guest, screen: Screen, folder: Path, rounds: int) -> dict[str
     guest.run(NO_CONSOLE)
     for name in (ours, peer):
         guest.run(f"echo 0 > /sys/class/graphics/{name}/blank; cat /picture > /dev/{name}")
-    found: dict[str, tuple[list[float], list[float]]] = {what: ([], []) for what in ("fill", "pixels", "PNG")}
+    found: dict[str, tuple[list[float], list[float]]] = {what: ([], []) for what in (FILL, PIXELS, PNG)}
 
     def dump(kind: str) -> float:
         return timed(lambda: guest.qmp.execute("screendump", 60, filename=str(folder / f"peer.{kind}"), device="peer", format=kind))
@@ -79,11 +78,11 @@ def measure(guest: Guest, screen: Screen, folder: Path, rounds: int) -> dict[str
     for number in range(rounds):
         order = [(ours, 0), (peer, 1)]
         for name, column in order if number % 2 else reversed(order):
-            found["fill"][column].append(fill_seconds(guest, name))
-        found["pixels"][0].append(timed(screen.look))
-        found["pixels"][1].append(dump("ppm"))
-        found["PNG"][0].append(timed(lambda: image(screen.look()).save(folder / "ours.png")))
-        found["PNG"][1].append(dump("png"))
+            found[FILL][column].append(fill_seconds(guest, name))
+        found[PIXELS][0].append(timed(screen.look))
+        found[PIXELS][1].append(dump("ppm"))
+        found[PNG][0].append(timed(lambda: image(screen.look()).save(folder / "ours.png")))
+        found[PNG][1].append(dump("png"))
     return found
 
 
@@ -103,10 +102,10 @@ def main() -> None:
             found = measure(guest, screen, Path(folder), rounds)
             seen = screen.look()
         assert seen.frame.width == WIDTH, seen.frame
-    fill = statistics.median(found["fill"][0])
+    fill = statistics.median(found[FILL][0])
     print(f"{WIDTH}x{HEIGHT}, {SIZE >> 20} MiB; the guest fills at {SIZE / fill / 1e6:.0f} MB/s\n")
     for what, (ours, peer) in found.items():
-        report({"fill": "fill from /dev/fb0", "pixels": "screenshot: the pixels (PPM)", "PNG": "screenshot: PNG"}[what], ours, peer)
+        report(what, ours, peer)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,10 @@ class Card:
             f" && until [ $(cat /sys/class/net/{self.name}/carrier) = 1 ]; do usleep 10000; done"
         )
 
+    def carrier(self) -> bool:
+        """Return whether the link is up."""
+        return self._guest.run(f"cat /sys/class/net/{self.name}/carrier") == "1\n"
+
     def carrier_losses(self) -> int:
         """Return how often the link has gone down."""
         return int(self._guest.run(f"cat /sys/class/net/{self.name}/carrier_down_count"))

@@ -41,7 +41,7 @@ class Recipe:
 #: The guest's kernel is the stable one; its Python is for what busybox cannot do, such as raw sockets.
 GUEST = Recipe(
     ("trixie", "trixie-backports"),
-    ("qemu-system-x86", "busybox-static", "linux-image-amd64/trixie", "python3-minimal/trixie"),
+    ("qemu-system-x86", "busybox-static", "linux-image-amd64/trixie", "python3-minimal/trixie", "libdrm-tests/trixie"),
 )
 #: With the shell and the tools that libvirt and scripts of mdevctl need to run in a root of their own.
 MANAGEMENT = Recipe(

@@ -22,6 +22,7 @@ BUS_PACKAGES: Final = {
 PARENT_PACKAGES: Final = {
     "mdevkit-mtty": "a PCI serial card (types mtty-1, mtty-2)",
     "mdevkit-mvnet": "a virtio network loopback (types mvnet_loopback-virtio, mvnet_loopback-vhost)",
+    "mdevkit-mbochs": "displays (types mbochs-small, -medium, -large; mdpy-vga, -xga, -hd)",
     "mdevkit-ifcvf-sim": "an Intel IFC VF network card (types ifcvf-virtio_mdev, -vhost_mdev, -vfio_pci)",
     "mdevkit-subfunction": "a network card with sub-functions (types subfunction-virtio, -mdev, -mlx5)",
 }

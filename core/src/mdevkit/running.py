@@ -1,7 +1,8 @@
 """Devices that run in the foreground announce themselves, so that other commands find them.
 
 A note is a JSON file in the runtime folder that its process keeps locked; the lock ends with the process, however it ends, so a
-note without a lock is stale and whoever meets it removes it.
+note without a lock is stale and whoever meets it removes it. The note tells how the device began; how it is now its process
+tells whoever connects to the socket beside the note, on a thread of its own: JSON, then the end of the stream.
 """
 
 from __future__ import annotations
@@ -9,25 +10,39 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
+import socket
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from mdevkit.errors import MdevError
 from mdevkit.paths import runtime_dir
+from mdevkit.sockets import listen_at, socket_identity, unlink_socket
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
+    Facts = Callable[[], Mapping[str, Any]]
+
+log = logging.getLogger("mdevkit")
 
 #: What tells a note from other files in the folder.
 _UUID_LENGTH: Final = 36
+#: What the socket beside a note is called; shorter than a device's own socket, whose path has to fit too.
+_SOCKET: Final = ".now"
+#: Seconds a process may take to tell of its device, and to end: one that stands still must not hold up everybody's listings.
+_PATIENCE: Final = 1.0
 
 
 @contextmanager
-def announced(uuid: str, facts: Mapping[str, Any]) -> Iterator[None]:
-    """Keep a note about a device while the block runs; EEXIST when a device of that UUID runs already."""
+def announced(uuid: str, facts: Facts) -> Iterator[None]:
+    """Tell of a device while the block runs: what `facts` returns, which is called for each who asks, on another thread.
+
+    EEXIST when a device of that UUID runs already; errors of `listen_at` for the runtime folder.
+    """
     path = runtime_dir() / f"{uuid}.json"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w") as note:
@@ -36,17 +51,67 @@ def announced(uuid: str, facts: Mapping[str, Any]) -> Iterator[None]:
         except BlockingIOError:
             raise MdevError(errno.EEXIST, f"a device {uuid} is running already", uuid) from None
         try:
-            note.truncate()
-            json.dump(facts, note)
-            note.flush()
-            yield
+            with _answering(str(path.with_suffix(_SOCKET)), facts):
+                note.truncate()
+                json.dump(facts(), note)
+                note.flush()
+                yield
         finally:
             path.unlink(missing_ok=True)
 
 
+@contextmanager
+def _answering(path: str, facts: Facts) -> Iterator[None]:
+    listener = listen_at(path)
+    identity = socket_identity(path)
+    ending = threading.Event()
+    thread = threading.Thread(target=_answer, args=(listener, facts, ending), name="facts", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        # Ends the wait for the next who asks.
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(_PATIENCE)
+        unlink_socket(listener, identity, path)
+
+
+def _answer(listener: socket.socket, facts: Facts, ending: threading.Event) -> None:
+    while not ending.is_set():
+        try:
+            asker, _ = listener.accept()
+        except OSError:
+            # Out of descriptors, if it is not the end.
+            ending.wait(_PATIENCE / 10)
+            continue
+        with asker:
+            asker.settimeout(_PATIENCE)
+            try:
+                asker.sendall(json.dumps(facts()).encode())
+            except Exception as error:  # noqa: BLE001  # the next who asks is to be answered, whatever becomes of this one
+                log.debug("whoever asked for the device's facts got none: %s", error)
+
+
 def running() -> list[dict[str, Any]]:
-    """Return the facts of every device that runs; removes stale notes."""
-    return [facts for path in sorted(runtime_dir().glob(f"{'?' * _UUID_LENGTH}.json")) if (facts := _read(path)) is not None]
+    """Return the facts of every device that runs, as they are now; removes stale notes.
+
+    A device whose process does not answer has its facts of the start, and an ``error`` that says so.
+    """
+    notes = sorted(runtime_dir().glob(f"{'?' * _UUID_LENGTH}.json"))
+    return [_ask(path, facts) for path in notes if (facts := _read(path)) is not None]
+
+
+def _ask(note: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(_PATIENCE)
+        try:
+            sock.connect(os.fsencode(note.with_suffix(_SOCKET)))
+            with sock.makefile("rb") as stream:
+                answer: dict[str, Any] = json.load(stream)
+        except (OSError, ValueError):
+            return facts | {"error": f"its process (pid {facts['pid']}) does not answer; this is how it began"}
+    return answer
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -57,6 +122,7 @@ def _read(path: Path) -> dict[str, Any] | None:
             except BlockingIOError:
                 facts: dict[str, Any] = json.load(note)
                 return facts
+            path.with_suffix(_SOCKET).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
     except (FileNotFoundError, ValueError):
         # Its process ended, or has only begun, between our looking and our reading.

@@ -55,13 +55,31 @@ def command(
         int | None, typer.Option(min=0, metavar="N", help="Which port; the first that leads somewhere, by default.")
     ] = None,
 ) -> None:
-    """Talk to a device's serial port, from the terminal or in a pipe."""
-    name, path = _find(uuid, port)
+    """Talk to a device's serial port, from the terminal or in a pipe; a device with a display instead shows it."""
+    try:
+        name, path = _find(uuid, port)
+    except MdevError as error:
+        if error.errno != errno.EOPNOTSUPP or port is not None:
+            raise
+        _show_display(uuid, error)
+        return
     line = _open(name, path)
     try:
         _talk(line, name)
     finally:
         os.close(line)
+
+
+def _show_display(uuid: str, no_console: MdevError) -> None:
+    """Show the display of a device without a console; `no_console` if it has neither."""
+    from mdevkit.cli.screenshot import screen_path
+    from mdevkit.cli.viewing import show
+
+    try:
+        path = screen_path(uuid)
+    except MdevError as error:
+        raise (no_console if error.errno == errno.EOPNOTSUPP else error) from None
+    show(path)
 
 
 def _find(uuid: str, port: int | None) -> tuple[str, str]:

@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mdevkit.cli.options import AsJson, Parent, Settings, Socket, TypeId, Uuid, endpoint_path
@@ -42,7 +43,7 @@ def command(
             endpoint_path=endpoint_path(socket),
         )
         facts = describe(mdev)
-        with announced(mdev.name, facts):
+        with announced(mdev.name, partial(describe, mdev)):
             # From here on signals end the wait instead of interrupting: nothing can cut the clean-up short.
             stop = threading.Event()
             for number in _SIGNALS:

@@ -1,0 +1,1 @@
+"""mbochs: a display with the registers of Bochs' VBE extension, as QEMU's bochs-display has them."""

@@ -1,0 +1,1 @@
+"""mdpy: a framebuffer of a fixed size, and nothing else."""
