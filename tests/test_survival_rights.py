@@ -170,3 +170,34 @@ def test_a_member_gets_sockets_where_he_may_make_them_and_nowhere_else(service, 
         assert exchange(client_as(UID, str(path)), 6) == "0"
         api.delete(f"/v1/devices/{UUID}?force=1&timeout=0")
     wait_until(lambda: not path.exists(), what="the socket's removal")
+
+
+@pytest.mark.parametrize("host_user", [(), ("--host-user", "daemon")])
+def test_the_endpoints_owner_sees_the_screen_and_others_do_not(service, host_user):
+    """A display's second socket, which shows its screen, is the owner's as its endpoint is, and goes with the device."""
+    service.environment["MDEVKIT_PLUGINS"] = "mdevkit-vfio,mdevkit-mbochs"
+    service.start("--endpoint-owner", "nobody", *host_user)
+    with service.client() as api:
+        api.post("/v1/devices", {"type": "mdpy-vga", "uuid": UUID})
+        screen = Path(api.get(f"/v1/devices/{UUID}")["attributes"]["screen_path"])
+        assert (screen.stat().st_uid, stat.S_IMODE(screen.stat().st_mode)) == (UID, 0o600)
+        look = [
+            service.python,
+            "-P",
+            "-c",
+            "import sys; from mdevkit.screen import Screen; print(Screen(sys.argv[1]).look().frame.width)",
+        ]
+        seen = {
+            uid: subprocess.run(
+                [*look, str(screen)], user=uid, group=GID, extra_groups=[], capture_output=True, text=True, timeout=30
+            )
+            for uid in (2, UID)
+        }
+        assert (seen[UID].returncode, seen[UID].stdout) == (0, "640\n"), seen[UID].stderr
+        assert seen[2].returncode != 0
+        assert "EACCES" in seen[2].stderr or "Permission denied" in seen[2].stderr
+        service.kill_host("mdpy")
+        wait_until(lambda: api.get("/v1/devices")[0]["state"] == "bound", what="the return")
+        assert screen.stat().st_uid == UID
+        api.delete(f"/v1/devices/{UUID}?force=1&timeout=0")
+    assert not screen.exists()

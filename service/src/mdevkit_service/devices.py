@@ -40,6 +40,8 @@ T = TypeVar("T")
 
 #: What may stand before an endpoint's path, as in ``connect:PATH``: the driver's to understand.
 _WORD: Final = re.compile("[a-z]+:")
+#: What sockets a device can have in the service's own folder, behind its UUID: its endpoint, and what shows its screen.
+OWN_SOCKETS: Final = (".sock", ".screen")
 #: So many deaths of its host in a row during requests about a device, and the device is not made again.
 FATAL: Final = 2
 
@@ -78,9 +80,10 @@ class Devices:
 
     def sweep(self) -> None:
         """Remove sockets that belong to no device; when all hosts have been found."""
-        for socket in self._settings.devices.glob("*.sock"):
-            if socket.stem not in self._entries:
-                socket.unlink(missing_ok=True)
+        for suffix in OWN_SOCKETS:
+            for socket in self._settings.devices.glob(f"*{suffix}"):
+                if socket.stem not in self._entries:
+                    socket.unlink(missing_ok=True)
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Do work to its end, whatever becomes of who waits for it."""
@@ -252,7 +255,7 @@ class Devices:
 
     def _socket_of(self, uuid: str) -> str:
         """Return where a device's endpoint is unless another path was asked for."""
-        return f"{self._folder}/{uuid}.sock"
+        return f"{self._folder}/{uuid}{OWN_SOCKETS[0]}"
 
     def _forget(self, entry: Entry) -> None:
         """Drop a device that is not there."""
@@ -266,8 +269,9 @@ class Devices:
             self._records.drop(uuid, entry.life)
         except MdevError as error:
             log.error("%s", error)
-        with suppress(FileNotFoundError):
-            os.unlink(self._socket_of(uuid))  # noqa: PTH108
+        for suffix in OWN_SOCKETS:
+            with suppress(FileNotFoundError):
+                os.unlink(f"{self._folder}/{uuid}{suffix}")  # noqa: PTH108
         for path, peer in entry.record.sockets.items():
             self._background(self._hosts.tidy(path, msgspec.to_builtins(peer)))
 
@@ -485,7 +489,7 @@ class Devices:
 
     async def opened(self, path: str, peer: Any, uuid: str) -> int:
         """See `Keeper.opened`."""
-        ours = path == self._socket_of(uuid)
+        ours = path in {f"{self._folder}/{uuid}{suffix}" for suffix in OWN_SOCKETS}
         entry = self._entries.get(uuid)
         if not ours and peer is not None and entry is not None and path not in entry.record.sockets:
             # Noted before it is made: whoever removes the device, a later service too, removes it.

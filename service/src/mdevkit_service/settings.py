@@ -18,7 +18,7 @@ from mdevkit.sockets import MAX_PATH
 from mdevkit_service.opener import ids
 
 #: Bytes that come after the runtime folder in the longest path of a socket: ``/devices/<uuid>.sock``.
-_LONGEST: Final = len("/devices/") + 36 + len(".sock")
+_LONGEST: Final = len("/devices/") + 36 + len(".screen")
 #: The longest host key that is a file name as it is; a longer one is abbreviated by a hash.
 _KEY_MAX: Final = 32
 
