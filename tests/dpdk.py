@@ -1,4 +1,7 @@
-"""The testpmds that tests run: Debian 12's DPDK 22.11 where it is installed, and the 24.11 of the Debian root; and one with traffic."""
+"""The testpmds that tests run: Debian 12's DPDK 22.11 where it is installed, and the 24.11 of the Debian root.
+
+`Traffic` is one that keeps frames going round.
+"""
 
 from __future__ import annotations
 

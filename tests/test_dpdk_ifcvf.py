@@ -1,17 +1,17 @@
 """dpdk-testpmd on a function of the simulated IFC VF card, through the parent driver and vhost_mdev: every frame accounted for.
 
-What the client starts with goes round for ever: kicks reach the function by its doorbells, frames loop in the card. What it has sent
-and not got back is exactly what it started with, unless one was lost or came twice.
+What the client starts with goes round for ever: kicks reach the function by its doorbells, frames loop in the card. What it has
+sent and not got back is exactly what it started with, unless one was lost or came twice.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import time
 
 import pytest
 from mdevkit import Registry
-from mdevkit_ifcvf_sim import regs
 from mdevkit_ifcvf_sim.parent import functions
 from mdevkit_virtio.bus import VirtioMdev, VirtioMdevBus
 from mdevkit_virtio.engine import VARIABLE, load
@@ -19,6 +19,7 @@ from mdevkit_virtio.vhost.driver import VhostMdevDriver
 
 from tests.dpdk import PATIENCE, Traffic
 
+TX = 1
 #: `start tx_first 3` sends so many bursts of 32 frames.
 BURSTS = 3
 IN_FLIGHT = BURSTS * 32
@@ -26,7 +27,7 @@ IN_FLIGHT = BURSTS * 32
 ENOUGH = {"c": 300_000, "python": 10_000}
 
 
-@pytest.fixture(params=["c", "python"])
+@pytest.fixture(params=["python"] if os.environ.get(VARIABLE) == "python" else ["c", "python"])
 def engine(request, monkeypatch):
     monkeypatch.setenv(VARIABLE, request.param)
     return load().name
@@ -74,14 +75,12 @@ def test_every_frame_comes_back(registry, device, client, engine):
     registry.suspend(device.uuid)
     before = stats(client)
     time.sleep(0.2)  # what is shown is that nothing comes
-    assert stats(client)[0] - before[0] <= 2 * IN_FLIGHT
+    assert stats(client)[0] - before[0] <= IN_FLIGHT
     registry.resume(device.uuid)
     wait_received(client, before[0] + ENOUGH[engine] // 10)
     client.say("stop", "Done.")
     received, sent, failed = stats(client)
     assert (sent - received, failed) == (IN_FLIGHT, 0)
-    ops = VirtioMdev.from_device(device).get_ops()
     # The block of BAR 4 has counted with it: where the transmit ring stands is how many frames were sent.
-    assert ops.get_vq_state(1) == (sent + IN_FLIGHT - (sent - received)) & 0xFFFF
+    assert VirtioMdev.from_device(device).get_ops().get_vq_state(TX) == sent & 0xFFFF
     client.say("quit", "Bye")
-    assert regs.lm_offset(1) == regs.LM_RING_STATE + 4

@@ -6,6 +6,7 @@ Functions of one card share a host process, so the service serves them here.
 from __future__ import annotations
 
 import re
+import time
 from contextlib import ExitStack
 
 import pytest
@@ -27,51 +28,107 @@ def service(tmp_path_factory):
     running.clean_up()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(service):
     with service.client() as client:
         yield client
-        for device in client.get("/v1/devices"):
-            client.delete(f"/v1/devices/{device['uuid']}?force=1")
 
 
 def create(client, group, parent=None):
     return client.post("/v1/devices", {"type": f"ifcvf-{group}", "parent": parent})
 
 
-#: What a guest needs whose rings a device of the VFIO class reads; vhost-user devices print the same.
-SHARED = ("-m", "1G", "-object", "memory-backend-memfd,id=mem,size=1G,share=on", "-machine", "memory-backend=mem")
-
-
 def arguments(*devices):
-    """QEMU's arguments as printed for each device; the guest's memory is stated once."""
-    words = dict.fromkeys(zip(SHARED[::2], SHARED[1::2], strict=True))
+    """QEMU's arguments as printed for each device; the guest's memory, which each of them wants shared, is stated once."""
+    words = {}
     for device in devices:
         printed = device["attach"]["qemu"]
         words |= dict.fromkeys(zip(printed[::2], printed[1::2], strict=True))
     return [word for pair in words for word in pair]
 
 
-def test_a_function_whole_and_one_through_the_parent_driver(kit, client):
-    """The same card twice in one guest, by two classes: frames loop, contents are checked, and the link stays over a suspend."""
-    vhost, whole = create(client, "vhost_mdev"), create(client, "vfio_pci")
-    with boot(kit, arguments(vhost, whole)) as guest:
-        assert "[1af4:1041]" not in guest.run("dmesg | grep -i 'unknown header' || true")
-        cards = {_device_of(guest, name): Card(guest, name) for name in ("eth0", "eth1")}
-        for card in cards.values():
-            card.bring_up()
-            for size in (60, 1500):
-                card.exchange(size)
-            counted = card.generate(200, 20_000)
-            assert (counted.sent, counted.received) == (20_000, 20_000)
-        function = next(path for path in cards if _subsystem(guest, path) == "0x8086:0x001a")
-        assert int(_interrupts(guest, function)) > 0, "the function's MSI-X interrupts"
-        for device in (vhost, whole):
-            client.post("/v1/suspend", {"device": device["uuid"]})
-            client.post("/v1/resume", {"device": device["uuid"]})
-        for card in cards.values():
-            card.exchange(1500)
-        assert not re.search(r"not a head|WARNING|BUG:|Oops|NETDEV WATCHDOG", guest.run("dmesg"))
+def remove(client, devices):
+    for device in devices:
+        client.delete(f"/v1/devices/{device['uuid']}?force=1")
+
+
+@pytest.fixture(scope="class")
+def devices(client):
+    """Two functions, by how they come to a guest."""
+    devices = {kind: create(client, kind) for kind in ("vhost_mdev", "vfio_pci")}
+    yield devices
+    remove(client, devices.values())
+
+
+@pytest.fixture(scope="class")
+def guest(kit, devices):
+    with boot(kit, arguments(*devices.values())) as guest:
+        yield guest
+
+
+@pytest.fixture(scope="class")
+def cards(guest):
+    """The guest's cards, by how they come to it."""
+    cards = {}
+    for name in ("eth0", "eth1"):
+        whole = _subsystem(guest, _device_of(guest, name)) == "0x8086:0x001a"
+        cards["vfio_pci" if whole else "vhost_mdev"] = Card(guest, name)
+        Card(guest, name).bring_up()
+    assert set(cards) == {"vfio_pci", "vhost_mdev"}
+    return cards
+
+
+class TestOneGuest:
+    """The same card twice in one guest, by two classes; what is sent comes back."""
+
+    @pytest.mark.parametrize("kind", ["vhost_mdev", "vfio_pci"])
+    def test_frames_come_back(self, guest, cards, kind):
+        for size in (60, 1500):
+            cards[kind].exchange(size)
+        counted = cards[kind].generate(200, 20_000)
+        assert (counted.sent, counted.received) == (20_000, 20_000)
+
+    def test_the_whole_function_interrupts_by_msix(self, guest, cards):
+        before = _interrupts(guest, _device_of(guest, cards["vfio_pci"].name))
+        cards["vfio_pci"].exchange(60)
+        assert _interrupts(guest, _device_of(guest, cards["vfio_pci"].name)) > before
+
+    @pytest.mark.parametrize("kind", ["vhost_mdev", "vfio_pci"])
+    def test_the_link_stays_over_suspend_and_resume(self, client, devices, cards, kind):
+        """Traffic runs all the time: none of it is lost, and the guest's link never goes down."""
+        card, device = cards[kind], {"device": devices[kind]["uuid"]}
+        losses, before = card.carrier_losses(), card.counters()
+        card.generate_on(200)
+        for _ in range(3):
+            card.wait_traffic()
+            client.post("/v1/suspend", device)
+            assert client.get(f"/v1/devices/{device['device']}")["suspended"]
+            client.post("/v1/resume", device)
+        card.wait_traffic()
+        card.stop()
+        card.wait_received(before, (card.counters() - before).sent)
+        counted = card.counters() - before
+        assert counted.sent == counted.received > 400
+        card.exchange(1500)
+        assert (card.carrier_losses(), card.carrier()) == (losses, True)
+
+    def test_nothing_passes_a_suspended_backend(self, client, devices, cards):
+        """Frames wait in the guest's ring, and go on from there."""
+        card, device = cards["vhost_mdev"], {"device": devices["vhost_mdev"]["uuid"]}
+        card.generate_on(200)
+        card.wait_traffic()
+        client.post("/v1/suspend", device)
+        before = card.counters()
+        time.sleep(0.5)  # what is shown is that nothing comes
+        assert card.counters().received == before.received
+        assert card.carrier()
+        client.post("/v1/resume", device)
+        card.wait_traffic()
+        card.stop()
+
+    def test_the_guest_has_no_complaint(self, guest, cards):
+        text = guest.run("dmesg")
+        assert not re.search(r"not a head|WARNING|BUG:|Oops|NETDEV WATCHDOG|unknown header", text)
 
 
 def _device_of(guest, name):
@@ -100,6 +157,7 @@ def test_two_guests_reach_each_other_through_the_cards_switch(kit, client):
     kinds = ("vfio_pci", "vhost_mdev")
     devices = [create(client, kind, f"0000:1a:00.{number}") for number, kind in enumerate(kinds)]
     with ExitStack() as stack:
+        stack.callback(remove, client, devices)
         guests = [stack.enter_context(boot(kit, arguments(device))) for device in devices]
         for number, guest in enumerate(guests, 1):
             Card(guest, "eth0").bring_up()

@@ -31,7 +31,7 @@ def test_the_number_of_functions_is_configuration(registry, fails):
     assert [parent.name for parent in registry.parents] == ["0000:1a:00.0", "0000:1a:00.1"]
     assert {parent.host_key for parent in registry.parents} == {"ifcvf"}
     assert functions({"MDEVKIT_IFCVF_FUNCTIONS": "9"})[8].name == "0000:1a:01.0"
-    for wrong in ("0", "65", "x", "-1", ""):
+    for wrong in ("0", "65", "x", "-1", "", "²"):
         text = fails(errno.EINVAL, functions, {"MDEVKIT_IFCVF_FUNCTIONS": wrong})
         assert text == f"MDEVKIT_IFCVF_FUNCTIONS={wrong}: a card has 1 to 64 functions"
 
@@ -44,6 +44,13 @@ def test_all_types_share_the_functions_one_slot(registry, fails):
     assert f"({mdev.name} holds 1)" in text
     assert registry.create("ifcvf-virtio_mdev", bind=False).parent is registry.parents[1]
     assert parent.types["ifcvf-virtio_mdev"].table.read("type", parent.types["ifcvf-virtio_mdev"]) == "net"
+
+
+@pytest.mark.parametrize("mac", ["ff:ff:ff:ff:ff:ff", "01:00:00:00:00:01", "00:00:00:00:00:00"])
+def test_an_address_is_that_of_one_interface(registry, fails, mac):
+    text = fails(errno.EINVAL, registry.create, "ifcvf-virtio_mdev", params={"mac": mac}, bind=False)
+    assert text.endswith(f"mac {mac} is not the address of one interface")
+    assert [parent.types["ifcvf-virtio_mdev"].available_instances for parent in registry.parents] == [1, 1]
 
 
 def test_forwarding_stays_while_a_function_is_in_use(registry, fails):

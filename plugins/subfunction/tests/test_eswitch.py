@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import sys
+import threading
 from types import SimpleNamespace
 from uuid import UUID, uuid4
 
@@ -163,3 +165,51 @@ def test_a_port_tells_what_devlink_tells(switch):
     facts = port.describe()
     assert facts["function"] == {"hw_addr": "00:00:00:00:00:00", "state": "inactive", "opstate": "detached"}
     assert (facts["netdev"], facts["flavour"], facts["sfnum"], facts["controller"]) == ("sf88", "virtio", 88, 0)
+
+
+def test_a_device_cannot_have_what_its_port_has_not(switch, fails):
+    switch.add("virtio", UUIDS[0], 7, "sf7")
+    for wanted, text in (({"sfnum": 8}, "sfnum 7"), ({"name": "sf8"}, "netdev sf7")):
+        assert f"port card/32775 has {text}, the device" in fails(
+            errno.EINVAL, switch.activate, "virtio", a_device(UUIDS[0]), **wanted
+        )
+    port = switch.activate("virtio", a_device(UUIDS[0]), sfnum=7, name="sf7")
+    assert port.state == "active"
+
+
+@pytest.mark.parametrize("address", ["010000000001", "ffffffffffff", "000000000000"])
+def test_a_device_has_the_address_of_one_interface_too(switch, fails, address):
+    text = fails(errno.EINVAL, switch.activate, "mlx5", a_device(UUIDS[0]), bytes.fromhex(address))
+    assert "is not the address of one interface" in text
+    assert switch.ports() == []
+
+
+def test_an_inactive_port_has_the_address_that_was_configured(switch):
+    port = switch.add("virtio", UUIDS[0])
+    switch.activate("virtio", a_device(UUIDS[0]), A)
+    switch.deactivate(port)
+    assert port.hw_addr == bytes(6)
+    switch.configure(port.index, B)
+    switch.activate("virtio", a_device(UUIDS[0]), A)
+    assert port.hw_addr == A
+    switch.deactivate(port)
+    assert port.hw_addr == B
+
+
+def test_counts_are_exact_when_many_send_to_one(switch):
+    """Each sender has a thread of its own, as devices do."""
+    receiver = plug(switch, UUIDS[0], A, room=10**9)
+    senders = [plug(switch, uuid, bytes([2, 0, 0, 0, 1, number])) for number, uuid in enumerate(UUIDS[1:3])]
+    frame, count = A + B + bytes(50), 3000
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        crowd = [threading.Thread(target=lambda port=port: [switch.forward(port, frame) for _ in range(count)]) for port in senders]
+        for thread in crowd:
+            thread.start()
+        for thread in crowd:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert (receiver.representor.tx_packets, receiver.representor.tx_bytes) == (2 * count, 2 * count * len(frame))
+    assert [port.representor.rx_packets for port in senders] == [count, count]

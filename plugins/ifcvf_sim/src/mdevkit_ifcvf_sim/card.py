@@ -37,7 +37,6 @@ FEATURES: Final = (
     | 1 << 33
     | 1 << 36
 )
-_GROUP_BIT: Final = 1
 _HEADER: Final = 12
 _LEGACY_HEADER: Final = 10
 
@@ -120,5 +119,5 @@ class Card:
         with self._lock:
             others = [rings for rings in self._functions if isinstance(rings, SwitchRings) and rings is not source]
         exact = [rings for rings in others if rings.mac == frame[:6]]
-        for rings in exact if exact and not frame[0] & _GROUP_BIT else others:
+        for rings in exact or others:
             rings.deliver(frame)

@@ -2,7 +2,7 @@
 
 It knows the function by its configuration space and BARs alone: it finds the areas through the capabilities, programs rings and
 starts them when the driver is ready, and reads where a ring stands from the live-migration block. Guest memory and the dirty
-log are no registers: on real hardware the IOMMU has them. Threads as `mdevkit_virtio.ops` says.
+log are no registers: on real hardware the IOMMU has them. Threads as `mdevkit_virtio.ops` says; `Hardware` is reached from any.
 """
 
 from __future__ import annotations
@@ -13,19 +13,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from mdevkit.errors import MdevError
+from mdevkit_virtio.layout import locate
+from mdevkit_virtio.memory import MemoryTable
 from mdevkit_virtio.ops import Callback, DeviceId, Status, VirtioOps
+from mdevkit_virtio.status import DeviceStatus
 
 from mdevkit_ifcvf_sim import regs
 from mdevkit_ifcvf_sim.regs import Cfg
 
 if TYPE_CHECKING:
-    from mdevkit_virtio.memory import DirtyLog, MemoryTable
+    from mdevkit_virtio.memory import DirtyLog
 
 #: What the driver passes on of what the hardware offers: MAC, MRG_RXBUF, ANY_LAYOUT, VERSION_1, IOMMU_PLATFORM, ORDER_PLATFORM.
 FEATURES: Final = sum(1 << bit for bit in (5, 15, 27, 32, 33, 36))
 VENDOR: Final = 0x8086
 MAX_RING: Final = 32768
 ALIGN: Final = 4096
+_U16: Final = 0xFFFF
+_U64: Final = 0xFFFFFFFFFFFFFFFF
 
 #: Where the capability list starts (PCI 3.0, 6.7), and how many entries fit into it.
 _CAPABILITIES: Final = 0x34
@@ -36,7 +41,7 @@ _MOST_READS: Final = 100
 
 
 class Hardware(Protocol):
-    """A PCI function, as a driver reaches it."""
+    """A PCI function, as a driver reaches it: any thread, without waiting for another one's access."""
 
     def config_read(self, offset: int, size: int) -> int:
         """Read configuration space."""
@@ -81,7 +86,7 @@ class _Area:
 class _Queue:
     """What the driver has been told of a queue, until the function is."""
 
-    num: int = 0
+    num: int = MAX_RING
     address: tuple[int, int, int] = (0, 0, 0)
     state: int = 0
     ready: bool = False
@@ -121,13 +126,19 @@ class IfcvfOps(VirtioOps):
         self._hardware: Final = hardware
         self._areas: Final = find_areas(hardware)
         self._queues: list[_Queue] = [_Queue() for _ in range(regs.QUEUES)]
-        self._accepted = 0
-        self._status = Status(0)
-        self._config_callback: Callback | None = None
+        #: What the driver accepts; None for a choice that was refused.
+        self._accepted: int | None = 0
+        self._status = DeviceStatus()
+        self._table = MemoryTable()
         self._doorbells: Final = [self._doorbell(index) for index in range(regs.QUEUES)]
 
     def __str__(self) -> str:
         return "ifcvf"
+
+    def close(self) -> None:
+        """Stop the function and let go of the driver's memory; no op is called afterwards."""
+        self._stop()
+        self.set_map(MemoryTable())
 
     # -- registers -------------------------------------------------------------------------------------------------------
 
@@ -181,39 +192,50 @@ class IfcvfOps(VirtioOps):
 
     def set_vq_address(self, index: int, desc: int, driver: int, device: int) -> None:
         """See `VirtioOps.set_vq_address`."""
-        self._idle(index).address = (desc, driver, device)
+        queue = self._idle(index)
+        if not all(0 <= address <= _U64 for address in (desc, driver, device)):
+            raise MdevError(errno.EINVAL, f"{self}: queue {index} cannot be at addresses beyond 64 bits", self)
+        queue.address = (desc, driver, device)
 
     def set_vq_state(self, index: int, state: int) -> None:
         """See `VirtioOps.set_vq_state`: written to the live-migration block when the queue starts."""
-        self._idle(index).state = state & 0xFFFF
+        queue = self._idle(index)
+        if not 0 <= state <= _U16:
+            raise MdevError(errno.EINVAL, f"{self}: queue {index} cannot go on at {state:#x}", self)
+        queue.state = state
 
     def get_vq_state(self, index: int) -> int:
         """See `VirtioOps.get_vq_state`: the low half of the ring's word in the live-migration block."""
         queue = self._queue(index)
-        if not self._started:
+        if not (self._started and queue.ready):
             return queue.state
-        return self._hardware.read(regs.LM_BAR, regs.lm_offset(index), 4) & 0xFFFF
+        return self._read_state(index)
+
+    def _read_state(self, index: int) -> int:
+        return self._hardware.read(regs.LM_BAR, regs.lm_offset(index), 4) & _U16
 
     def set_vq_cb(self, index: int, callback: Callback | None) -> None:
         """See `VirtioOps.set_vq_cb`: queue `index` has vector 1 + `index`."""
         queue = self._queue(index)
         queue.callback = callback
         self._hardware.request_vector(1 + index, callback)
-        if self._started and queue.ready:
-            self._set("queue_select", index)
-            self._set("queue_msix_vector", 1 + index)
+        # Always, so that the function holds no descriptor that the driver has taken away.
+        self._set("queue_select", index)
+        self._set("queue_msix_vector", 1 + index)
 
     def set_vq_ready(self, index: int, ready: bool) -> None:
         """See `VirtioOps.set_vq_ready`: programmed at once while the function runs, else when it is started."""
         queue = self._queue(index)
         if queue.ready == ready:
             return
+        if ready:
+            locate(self._table, queue.num, *queue.address)
         if self._started and ready:
             self._start_queue(index)
         elif self._started:
             self._set("queue_select", index)
             self._set("queue_enable", 0)
-            queue.state = self.get_vq_state(index)
+            queue.state = self._read_state(index)
         queue.ready = ready
 
     def get_vq_ready(self, index: int) -> bool:
@@ -221,7 +243,7 @@ class IfcvfOps(VirtioOps):
         return self._queue(index).ready
 
     def kick_vq(self, index: int) -> None:
-        """See `VirtioOps.kick_vq`: the queue's number, written to its doorbell."""
+        """See `VirtioOps.kick_vq`: the queue's number, written to its doorbell; the function ignores those of idle queues."""
         self._queue(index)
         bar, offset = self._doorbells[index]
         self._hardware.write(bar, offset, 2, index)
@@ -246,59 +268,68 @@ class IfcvfOps(VirtioOps):
 
     def set_features(self, features: int) -> None:
         """See `VirtioOps.set_features`."""
-        if self._status & Status.FEATURES_OK:
+        if Status.FEATURES_OK in self._status:
             raise MdevError(errno.EBUSY, f"{self}: the features are settled", self)
+        self._accepted = None
         if features & ~self.get_features():
             raise MdevError(errno.EINVAL, f"{self} does not offer features {features & ~self.get_features():#x}", self)
         self._accepted = features
 
     @property
     def _started(self) -> bool:
-        return bool(self._status & Status.DRIVER_OK)
+        return Status.DRIVER_OK in self._status
 
     def get_status(self) -> int:
-        """See `VirtioOps.get_status`."""
+        """See `VirtioOps.get_status`: what was set, and what the function says of its own health."""
         seen = self._get("device_status") & (Status.FAILED | Status.NEEDS_RESET)
-        return self._status | seen
+        return int(self._status.value) | seen
 
     def set_status(self, status: int) -> None:
         """See `VirtioOps.set_status`: DRIVER_OK starts the function, 0 stops it. EIO when it will not start."""
         if status == 0:
             self._stop()
             return
-        wanted = Status(status)
-        if self._status & ~wanted:
-            raise MdevError(errno.EINVAL, f"{self}: status bits are cleared by a reset only", self)
-        if wanted & Status.DRIVER_OK and not self._started:
-            if not wanted & Status.FEATURES_OK:
-                raise MdevError(errno.EINVAL, f"{self}: DRIVER_OK comes after FEATURES_OK", self)
+        if self._get("device_status") & Status.NEEDS_RESET:
+            self._status.breaks()
+        added = self._status.check(status)
+        if Status.FEATURES_OK in added and self._accepted is None:
+            if Status.DRIVER_OK in added:
+                raise MdevError(errno.EINVAL, f"{self}: the features are refused, and so is status {status:#x}", self)
+            added &= ~Status.FEATURES_OK
+        if Status.DRIVER_OK in added:
             self._start()
-        self._status = wanted
+        if Status.FAILED in added:
+            self._add_status(Status.FAILED)
+        self._status.add(added)
 
     # -- starting and stopping (ifcvf_start_hw, ifcvf_stop_hw) -------------------------------------------------------------
 
     def _start(self) -> None:
+        """Start the function, and every queue that is ready.
+
+        Linux stops at the first queue that is not ready, and so never starts one behind it.
+        """
         try:
             self._negotiate()
             self._set("msix_config", 0)
             for index, queue in enumerate(self._queues):
-                if not queue.ready:
-                    break
-                self._start_queue(index)
+                if queue.ready:
+                    self._start_queue(index)
             self._add_status(Status.DRIVER_OK)
         except MdevError:
             self._add_status(Status.FAILED)
             raise
 
     def _negotiate(self) -> None:
+        features = self._accepted or 0
         self._set("device_status", 0)
         self._add_status(Status.ACKNOWLEDGE)
         self._add_status(Status.DRIVER)
         for half in (0, 1):
             self._set("driver_feature_select", half)
-            self._set("driver_feature", self._accepted >> 32 * half & 0xFFFFFFFF)
+            self._set("driver_feature", features >> 32 * half & 0xFFFFFFFF)
         if not self._add_status(Status.FEATURES_OK) & Status.FEATURES_OK:
-            raise MdevError(errno.EIO, f"{self}: the function refuses the features {self._accepted:#x}", self)
+            raise MdevError(errno.EIO, f"{self}: the function refuses the features {features:#x}", self)
 
     def _start_queue(self, index: int) -> None:
         queue = self._queues[index]
@@ -324,7 +355,8 @@ class IfcvfOps(VirtioOps):
             self._set("queue_msix_vector", regs.NO_VECTOR)
         self._set("device_status", 0)
         self._queues = [_Queue() for _ in range(regs.QUEUES)]
-        self._status, self._accepted = Status(0), 0
+        self._status.reset()
+        self._accepted = 0
 
     # -- configuration space ---------------------------------------------------------------------------------------------
 
@@ -339,10 +371,9 @@ class IfcvfOps(VirtioOps):
         return data
 
     def set_config(self, offset: int, data: bytes) -> None:
-        """See `VirtioOps.set_config`: the function ignores what may not be written."""
-        area = self._check_range(offset, len(data))
-        for at, byte in enumerate(data):
-            self._hardware.write(area.bar, area.offset + offset + at, 1, byte)
+        """See `VirtioOps.set_config`: all fields of a network device are a driver's to read only (virtio 1.2, 5.1.4): EACCES."""
+        self._check_range(offset, len(data))
+        raise MdevError(errno.EACCES, f"{self}: {len(data)} bytes at {offset} of the configuration are read-only", self)
 
     def _check_range(self, offset: int, length: int) -> _Area:
         area = self._areas[Cfg.DEVICE]
@@ -353,8 +384,7 @@ class IfcvfOps(VirtioOps):
     def set_config_cb(self, callback: Callback | None) -> None:
         """See `VirtioOps.set_config_cb`: vector 0."""
         self._hardware.request_vector(0, callback)
-        if self._started:
-            self._set("msix_config", 0)
+        self._set("msix_config", 0)
 
     def get_generation(self) -> int:
         """See `VirtioOps.get_generation`: the function's byte."""
@@ -364,6 +394,7 @@ class IfcvfOps(VirtioOps):
 
     def set_map(self, table: MemoryTable) -> None:
         """See `VirtioOps.set_map`."""
+        self._table = table
         self._hardware.map(table)
 
     def set_vq_kick(self, index: int, fd: int) -> bool:

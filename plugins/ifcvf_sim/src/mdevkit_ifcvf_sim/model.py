@@ -1,7 +1,8 @@
 """The simulated card: functions that are driven by their registers, as the real ones are.
 
 `Function` is all there is between a driver and the rings: configuration space, BARs, vectors. What carries the frames is a virtio
-device of the virtio package, which the registers are wired to. Accesses come from one thread at a time; interrupts leave on any.
+device of the virtio package, which the registers are wired to. Accesses come from one thread at a time, but for reads and
+doorbells, which any thread may make; interrupts leave on any.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Function:
         self._vectors: dict[int, Callback] = {}
         self._features = [0, 0]
         self._queues: list[QueueRegs] = []
+        #: The rings' generation that reads as 0.
+        self._generation = 0
         self._clear()
 
     def request_vector(self, vector: int, callback: Callback | None) -> None:
@@ -101,18 +104,17 @@ class Function:
     # -- common configuration --------------------------------------------------------------------------------------------
 
     def _read_common(self, offset: int, size: int) -> int:
-        self._refresh()
-        return int.from_bytes(bytes(self._common)[offset : offset + size], "little")
+        return int.from_bytes(bytes(self._refreshed())[offset : offset + size], "little")
 
-    def _refresh(self) -> None:
-        """Put what the device knows into the registers."""
-        common = self._common
+    def _refreshed(self) -> CommonCfg:
+        """Return the registers with what the device knows in them: a copy, so that threads that read do not meet."""
+        common = CommonCfg.from_buffer_copy(self._common)
         common.device_feature = self._select(self.rings.get_features(), common.device_feature_select)
         common.driver_feature = self._select(self._features[0] | self._features[1] << 32, common.driver_feature_select)
         common.num_queues = len(self._queues)
         common.device_status = self.rings.get_status()
-        common.config_generation = self.rings.get_generation() & 0xFF
-        queue = self._queue
+        common.config_generation = self.rings.get_generation() - self._generation & 0xFF
+        queue = self._selected(common.queue_select)
         common.queue_size = queue.size if queue else 0
         common.queue_msix_vector = queue.vector if queue else regs.NO_VECTOR
         common.queue_enable = int(queue.enabled) if queue else 0
@@ -120,15 +122,15 @@ class Function:
         for name, area in zip(("desc", "driver", "device"), queue.areas if queue else (0, 0, 0), strict=True):
             setattr(common, f"queue_{name}_lo", area & 0xFFFFFFFF)
             setattr(common, f"queue_{name}_hi", area >> 32)
+        return common
 
     @staticmethod
     def _select(features: int, half: int) -> int:
         return features >> 32 * half & 0xFFFFFFFF if half < 2 else 0
 
-    @property
-    def _queue(self) -> QueueRegs | None:
-        select = self._common.queue_select
-        return self._queues[select] if select < len(self._queues) else None
+    def _selected(self, select: int) -> QueueRegs | None:
+        queues = self._queues
+        return queues[select] if select < len(queues) else None
 
     def _write_common(self, name: str, value: int) -> None:
         if name in {"device_feature_select", "driver_feature_select", "queue_select"}:
@@ -140,8 +142,8 @@ class Function:
             self._wire_config()
         elif name == "device_status":
             self._set_status(value)
-        elif self._queue is not None and name.startswith("queue_"):
-            self._write_queue(self._queue, name.removeprefix("queue_"), value)
+        elif name.startswith("queue_") and (queue := self._selected(self._common.queue_select)) is not None:
+            self._write_queue(queue, name.removeprefix("queue_"), value)
 
     def _wire_config(self) -> None:
         vector = self._common.msix_config
@@ -205,6 +207,7 @@ class Function:
             setattr(self._common, name, 0)
         self._common.msix_config = regs.NO_VECTOR
         self._features = [0, 0]
+        self._generation = self.rings.get_generation()
         self._queues = [QueueRegs(size) for size in _sizes(self.rings)]
         self._wire_config()
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mdevkit.device import Mdev
     from mdevkit.parent import MdevType as Type
 
+    from mdevkit_ifcvf_sim.driver import IfcvfOps
     from mdevkit_ifcvf_sim.pci import PciFunction
 
 VARIABLE: Final = "MDEVKIT_IFCVF_FUNCTIONS"
@@ -76,45 +77,57 @@ class IfcvfParent(ParentOps):
 
     @hookimpl
     def parent_create(self, mdev: Mdev, params: Mapping[str, Any]) -> None:
-        """Put the function into use, and give it to a guest whole or through the parent driver."""
+        """Put the function into use, and give it to a guest whole or through the parent driver. EINVAL for a group's address."""
         # Imported here: whoever only lists types needs no device model.
         from mdevkit_ifcvf_sim.pci import PciFunction
 
-        mac = bytes.fromhex(params["mac"].replace(":", "")) if params["mac"] else mac_of(mdev)
+        mac = _chosen_mac(mdev, params["mac"]) if params["mac"] else mac_of(mdev)
         rings = self.card.add(mac, f"ifcvf {mdev.uuid}")
         try:
             function = PciFunction(rings, f"ifcvf {mdev.uuid}")
             try:
-                _give(function, mdev)
+                ops = _give(function, mdev)
             except BaseException:
                 function.close()
                 raise
         except BaseException:
             self.card.remove(rings)
             raise
-        mdev.drvdata = (rings, function)
+        mdev.drvdata = (rings, function, ops)
 
     @hookimpl
     def parent_remove(self, mdev: Mdev) -> None:
         """Take the function out of use."""
-        rings, function = mdev.drvdata
+        rings, function, ops = mdev.drvdata
+        if ops is not None:
+            ops.close()
         function.close()
         self.card.remove(rings)
 
 
-def _give(function: PciFunction, mdev: Mdev) -> None:
+def _give(function: PciFunction, mdev: Mdev) -> IfcvfOps | None:
+    """Give the function to the class of the device; return the parent driver's ops, if it is between the two."""
     from mdevkit_ifcvf_sim.driver import IfcvfOps
     from mdevkit_ifcvf_sim.pci import HostAccess
 
     if mdev.type.group in _CLASSES:
-        VirtioMdev.from_device(mdev).set_ops(_CLASSES[mdev.type.group], IfcvfOps(HostAccess(function)))
-    else:
-        VfioMdev.from_device(mdev).set_ops(function)
+        ops = IfcvfOps(HostAccess(function))
+        VirtioMdev.from_device(mdev).set_ops(_CLASSES[mdev.type.group], ops)
+        return ops
+    VfioMdev.from_device(mdev).set_ops(function)
+    return None
 
 
 def mac_of(mdev: Mdev) -> bytes:
     """Return a locally administered address that belongs to the UUID: a device that is defined keeps it."""
     return b"\x02" + sha256(mdev.uuid.bytes).digest()[:5]
+
+
+def _chosen_mac(mdev: Mdev, text: str) -> bytes:
+    mac = bytes.fromhex(text.replace(":", ""))
+    if mac[0] & 1 or not any(mac):
+        raise MdevError(errno.EINVAL, f"mac {text} is not the address of one interface", mdev)
+    return mac
 
 
 def _kind(type_: Type) -> str:
@@ -123,7 +136,7 @@ def _kind(type_: Type) -> str:
 
 
 def _show_mac(mdev: Mdev) -> str:
-    rings, _ = mdev.drvdata
+    rings, *_ = mdev.drvdata
     mac: bytes = rings.config.get_bytes("mac")
     return mac.hex(":")
 
@@ -141,7 +154,7 @@ _MAC: Final = Attribute(
 def functions(environment: Mapping[str, str] = os.environ) -> Sequence[IfcvfParent]:
     """Make the card and return its functions (the entry point): EINVAL for a number of functions that cannot be."""
     text = environment.get(VARIABLE, str(DEFAULT_FUNCTIONS))
-    if not text.isdigit() or not 1 <= int(text) <= MOST_FUNCTIONS:
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_FUNCTIONS:
         raise MdevError(errno.EINVAL, f"{VARIABLE}={text}: a card has 1 to {MOST_FUNCTIONS} functions")
     card = Card()
     return [IfcvfParent(card, number) for number in range(int(text))]

@@ -12,9 +12,10 @@ import select
 import struct
 import threading
 from collections.abc import Callable, Collection
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final
 
+from mdevkit.errors import MdevError
 from mdevkit_vfio.ops import DmaRegion
 from mdevkit_vfio.pci import Bar, Capability, Msix, PciDevice, PciIds
 from mdevkit_vfio.uapi import Region as VfioRegion
@@ -47,13 +48,10 @@ _PIN_CONFIG: Final = regs.VECTORS + 1
 class PciFunction(PciDevice):
     """One function of the card on top of the virtio device `rings`. `close` gives its descriptors and its thread back."""
 
+    #: See `mdevkit_vfio.ops.SharedMemory`: rings and frames are in the guest's memory.
+    shared_memory = True
+
     def __init__(self, rings: VirtioOps, name: str) -> None:
-        self.function: Final = Function(rings, take_isr=self._take_isr)
-        self._memory = MemoryTable()
-        self._isr = 0
-        self._signals: Final = Signals(self._signalled, f"{name} interrupts")
-        for index, key in enumerate((*range(regs.VECTORS), regs.NO_QUEUE_VECTOR, regs.NO_CONFIG_VECTOR)):
-            self.function.request_vector(key, self._signals.callback(index))
         super().__init__(
             IDS,
             {regs.BAR: Bar(regs.BAR_SIZE), regs.MSIX_BAR: Bar(regs.MSIX_BAR_SIZE), regs.LM_BAR: Bar(regs.LM_BAR_SIZE)},
@@ -62,6 +60,14 @@ class PciFunction(PciDevice):
             capabilities=[_capability(cfg) for cfg in regs.Cfg],
             name=name,
         )
+        self.function: Final = Function(rings, take_isr=self._take_isr)
+        self._memory = MemoryTable()
+        #: Whether the log says already that the client does not share its memory.
+        self._warned = False
+        self._isr = 0
+        self._signals: Final = Signals(self._signalled, f"{name} interrupts")
+        for index, key in enumerate((*range(regs.VECTORS), regs.NO_QUEUE_VECTOR, regs.NO_CONFIG_VECTOR)):
+            self.function.request_vector(key, self._signals.callback(index))
 
     def __str__(self) -> str:
         return self.name
@@ -102,10 +108,11 @@ class PciFunction(PciDevice):
             self.set_intx(True)
 
     def _take_isr(self) -> int:
-        """Read the interrupt status, which clears it and drops the pin (virtio 1.2, 4.1.4.5); under the lock."""
-        isr, self._isr = self._isr, 0
-        self.set_intx(False)
-        return isr
+        """Read the interrupt status, which clears it and drops the pin (virtio 1.2, 4.1.4.5)."""
+        with self.lock:
+            isr, self._isr = self._isr, 0
+            self.set_intx(False)
+            return isr
 
     # -- guest memory --------------------------------------------------------------------------------------------------
 
@@ -114,7 +121,8 @@ class PciFunction(PciDevice):
         shared = None
         if region.fd >= 0 and region.readable and region.writable:
             shared = Region(region.fd, region.iova, region.size, offset=region.offset)
-        elif region.fd < 0 and region.writable:
+        elif region.fd < 0 and region.writable and not self._warned:
+            self._warned = True
             log.warning(
                 "%s: the client does not share its memory, so no ring can be there (QEMU: memory-backend-memfd,share=on)", self
             )
@@ -136,14 +144,23 @@ class PciFunction(PciDevice):
         """See `PciDevice.device_detached`: the client's memory goes with it."""
         self.function.reset()
         self._map(MemoryTable())
+        self._warned = False
 
     def _map(self, table: MemoryTable) -> None:
+        """Use this memory from now on. Rings that were in what is gone are broken, which their driver is told."""
         self._memory = table
-        self.function.rings.set_map(table)
+        try:
+            self.function.rings.set_map(table)
+        except MdevError as error:
+            log.info("%s: %s", self, error)
 
 
 class HostAccess:
-    """How the parent driver reaches a function: configuration space, BARs and vectors. Implements `driver.Hardware`."""
+    """How the parent driver reaches a function: configuration space, BARs and vectors. Implements `driver.Hardware`.
+
+    Accesses do not take the device's lock: the function has no VFIO client then, and a callback of the driver's may be looking at
+    a register while the driver's thread waits for it to return.
+    """
 
     def __init__(self, function: PciFunction) -> None:
         self._function: Final = function
@@ -157,11 +174,11 @@ class HostAccess:
 
     def read(self, bar: int, offset: int, size: int) -> int:
         """See `driver.Hardware.read`."""
-        return int.from_bytes(self._function.read(bar, offset, size), "little")
+        return self._function.function.read(bar, offset, size)
 
     def write(self, bar: int, offset: int, size: int, value: int) -> None:
         """See `driver.Hardware.write`."""
-        self._function.write(bar, offset, value.to_bytes(size, "little"))
+        self._function.function.write(bar, offset, size, value)
 
     def bar_size(self, bar: int) -> int:
         """See `driver.Hardware.bar_size`."""
@@ -185,10 +202,11 @@ class Signals:
 
     def __init__(self, signalled: Callable[[int], None], name: str) -> None:
         self._signalled: Final = signalled
-        self._fds: Final = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(regs.VECTORS + 2)]
-        self._stop_fd: Final = os.eventfd(0, os.EFD_CLOEXEC)
-        self._thread: Final = threading.Thread(target=self._main, name=name, daemon=True)
-        self._thread.start()
+        with ExitStack() as stack:
+            *self._fds, self._stop_fd = (_eventfd(stack) for _ in range(regs.VECTORS + 3))
+            self._thread: Final = threading.Thread(target=self._main, name=name, daemon=True)
+            self._thread.start()
+            self._stack: Final = stack.pop_all()
 
     def callback(self, index: int) -> Callback:
         """Return what the rings get."""
@@ -198,8 +216,7 @@ class Signals:
         """End the thread and close the eventfds; the rings have none of them any more."""
         os.eventfd_write(self._stop_fd, 1)
         self._thread.join()
-        for fd in (*self._fds, self._stop_fd):
-            os.close(fd)
+        self._stack.close()
 
     def _main(self) -> None:
         poll = select.poll()
@@ -212,6 +229,12 @@ class Signals:
                 with suppress(BlockingIOError):
                     os.eventfd_read(fd)
                     self._signalled(self._fds.index(fd))
+
+
+def _eventfd(stack: ExitStack) -> int:
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    stack.callback(os.close, fd)
+    return fd
 
 
 def _capability(cfg: regs.Cfg) -> Capability:

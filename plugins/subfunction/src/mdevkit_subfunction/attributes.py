@@ -41,9 +41,11 @@ def _ports(parent: Parent) -> str:
 
 
 def _add(parent: Parent, text: str) -> None:
-    asked = words.pairs(text.split(), ("flavour", "name", "uuid", "sfnum"))
+    asked = words.pairs(text.split(), words.PORT)
     if "flavour" not in asked:
         raise MdevError(errno.EINVAL, "flavour virtio, mdev or mlx5 is wanted", parent)
+    if words.number("pfnum", asked.get("pfnum", "0")) != 0:
+        raise MdevError(errno.EINVAL, f"the card has one PCI function, pfnum 0, and no {asked['pfnum']}", parent)
     _switch(parent).add(
         words.flavour(asked["flavour"]),
         words.uuid(asked["uuid"]) if "uuid" in asked else str(uuid4()),
@@ -105,5 +107,12 @@ DEVICE_ATTRIBUTES: Final = (
         create=True,
     ),
     Attribute("port", Int(), "Index of the port.", show=lambda mdev: _port(mdev).index),
-    Attribute("representor", Text(), "Name of the port's representor.", show=lambda mdev: _port(mdev).netdev),
+    Attribute(
+        "representor",
+        Text(r"|[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}", "the name of a network interface"),
+        "Name of the port's representor; by default that of the port, else one made of its number.",
+        show=lambda mdev: _port(mdev).netdev,
+        create=True,
+        default="",
+    ),
 )

@@ -37,7 +37,7 @@ Handle = Annotated[str, typer.Argument(metavar="PARENT/INDEX", help="The port, a
 def add(
     parent: Annotated[str, typer.Argument(metavar="PARENT", help="The card, as `mdevkit parents` names it.")],
     what: Annotated[
-        list[str], typer.Argument(metavar="flavour virtio|mdev|mlx5 [name N] [uuid U] sfnum N", help="Flavour and number.")
+        list[str], typer.Argument(metavar="flavour virtio|mdev|mlx5 [name N] [uuid U] [sfnum N]", help="Flavour and number.")
     ],
     as_json: Json = False,
 ) -> None:
@@ -47,7 +47,7 @@ def add(
         before = set(_ports(service, name))
         _store(service, name, "port_add", " ".join(what))
         added = {index: facts for index, facts in _ports(service, name).items() if index not in before}
-        _show({name: _wanted(added, words.pairs(what, ("flavour", "name", "uuid", "sfnum")))}, as_json)
+        _show({name: _wanted(added, words.pairs(what, words.PORT))}, as_json)
 
 
 def _wanted(added: dict[str, Any], asked: dict[str, str]) -> dict[str, Any]:
@@ -108,7 +108,18 @@ def _set_state(service: Client, name: str, index: str, state: str) -> None:
     if state == "inactive":
         service.delete(f"/v1/devices/{facts['uuid']}")
     else:
-        service.post("/v1/devices", {"type": f"subfunction-{facts['flavour']}", "parent": name, "uuid": facts["uuid"]})
+        service.post("/v1/devices", _device_of(name, facts))
+
+
+def _device_of(name: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the request for a port's device.
+
+    It says all of the port: where the card's process has died and the device is made anew, the port comes with it as it was.
+    """
+    attributes = {"sfnum": str(facts["sfnum"]), "representor": facts["netdev"]}
+    if any(bytes.fromhex(facts["function"]["hw_addr"].replace(":", ""))):
+        attributes["hw_addr"] = facts["function"]["hw_addr"]
+    return {"type": f"subfunction-{facts['flavour']}", "parent": name, "uuid": facts["uuid"], "attributes": attributes}
 
 
 @eswitch.command("set")
@@ -169,8 +180,10 @@ def _show(cards: dict[str, dict[str, Any]], as_json: bool) -> None:
         return
     for handle, facts in ports.items():
         say(f"{handle}: " + _line(facts, ("type", "netdev", "flavour", "controller", "pfnum", "sfnum", "uuid")))
-        say("  function:\n    " + _line(facts["function"], ("hw_addr", "state", "opstate")))
-        say("  stats:\n    " + _line(facts["stats"], tuple(facts["stats"])))
+        say("  function:")
+        say("    " + _line(facts["function"], ("hw_addr", "state", "opstate")))
+        say("  stats:")
+        say("    " + _line(facts["stats"], tuple(facts["stats"])))
 
 
 def _line(facts: dict[str, Any], names: tuple[str, ...]) -> str:

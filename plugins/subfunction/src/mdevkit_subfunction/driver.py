@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Final
 
 from mdevkit.driver import Driver
@@ -30,6 +31,8 @@ class SfEndpoint:
     def __init__(self, netdev: SfNetdev, port: Port) -> None:
         self.netdev: Final = netdev
         self._port: Final = port
+        #: What QEMU is to call it.
+        self._id: Final = f"net-{port.uuid[:8]}"
 
     def describe(self) -> Mapping[str, str]:
         """See `mdevkit.driver.Endpoint.describe`."""
@@ -38,12 +41,15 @@ class SfEndpoint:
         return {"kind": "netdev", "name": name, "mac": mac, "socket": self.netdev.path, "client": self.netdev.client}
 
     def attach(self, client: str) -> Sequence[str]:
-        """Return QEMU's arguments; EOPNOTSUPP for clients that cannot use a stream of frames."""
-        if client != "qemu":
-            raise MdevError(errno.EOPNOTSUPP, f"{client} cannot use a netdev", client)
+        """Return QEMU's or libvirt's arguments; EOPNOTSUPP for DPDK, which cannot use a stream of frames."""
         path = self.netdev.path.replace(",", ",,")
-        backend = f"stream,id=n0,server=off,addr.type=unix,addr.path={path}"
-        return ["-netdev", backend, "-device", f"virtio-net-pci,netdev=n0,mac={self._port.hw_addr.hex(':')}"]
+        qemu = ["-netdev", f"stream,id={self._id},server=off,addr.type=unix,addr.path={path}"]
+        qemu += ["-device", f"virtio-net-pci,netdev={self._id},mac={self._port.hw_addr.hex(':')}"]
+        if client == "qemu":
+            return qemu
+        if client == "libvirt":
+            return ["<qemu:commandline>", *(f"  <qemu:arg value='{escape(word)}'/>" for word in qemu), "</qemu:commandline>"]
+        raise MdevError(errno.EOPNOTSUPP, f"{client} cannot use a netdev", client)
 
 
 class Mlx5SfDriver(Driver):

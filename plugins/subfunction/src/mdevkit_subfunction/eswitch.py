@@ -61,6 +61,8 @@ class Port:
     uuid: str
     netdev: str
     hw_addr: bytes = bytes(6)
+    #: What was configured: the address while inactive.
+    configured: bytes = bytes(6)
     #: Made by creating the device, and gone with it.
     implicit: bool = False
     representor: Representor = field(default_factory=Representor)
@@ -169,9 +171,12 @@ class Eswitch:
         """Set a port's address: EBUSY while it is active, EINVAL for a group's address or nobody's."""
         with self._lock:
             port = self._inactive(index, "its address can be set")
-            if hw_addr[0] & _GROUP_BIT or not any(hw_addr):
-                raise MdevError(errno.EINVAL, f"{hw_addr.hex(':')} is not the address of one interface", self)
-            port.hw_addr = hw_addr
+            self._check_address(hw_addr)
+            port.hw_addr = port.configured = hw_addr
+
+    def _check_address(self, hw_addr: bytes) -> None:
+        if hw_addr[0] & _GROUP_BIT or not any(hw_addr):
+            raise MdevError(errno.EINVAL, f"{hw_addr.hex(':')} is not the address of one interface", self)
 
     def delete(self, index: int) -> None:
         """Take a port away and give its slot back: EBUSY while it is active."""
@@ -189,25 +194,38 @@ class Eswitch:
 
     # -- devices ---------------------------------------------------------------------------------------------------------
 
-    def activate(self, flavour: str, mdev: Mdev, hw_addr: bytes | None = None, sfnum: int | None = None) -> Port:
-        """Give the port of a device its device; a device without a port gets one of its own. EINVAL for the wrong flavour."""
+    def activate(
+        self, flavour: str, mdev: Mdev, hw_addr: bytes | None = None, sfnum: int | None = None, name: str | None = None
+    ) -> Port:
+        """Give the port of a device its device; a device without a port gets one of its own.
+
+        EINVAL for another flavour, number or name than its port's, or a group's address; else as `add`.
+        """
         with self._lock:
+            if hw_addr is not None:
+                self._check_address(hw_addr)
             port = next((port for port in self._ports.values() if port.uuid == str(mdev.uuid)), None)
             if port is None:
-                port = self._new_port(flavour, str(mdev.uuid), sfnum, None)
+                port = self._new_port(flavour, str(mdev.uuid), sfnum, name)
                 port.implicit = True
                 self._ports[port.index] = port
-            elif port.flavour != flavour:
-                text = f"port {self.name}/{port.index} has flavour {port.flavour}, the device {mdev.uuid} would have {flavour}"
-                raise MdevError(errno.EINVAL, text, self)
-            port.hw_addr = hw_addr or (port.hw_addr if any(port.hw_addr) else _own_address(port))
+            else:
+                self._check_port(port, flavour=flavour, sfnum=sfnum, netdev=name)
+            port.hw_addr = hw_addr or (port.configured if any(port.configured) else _own_address(port))
             port.mdev = mdev
             return port
+
+    def _check_port(self, port: Port, **wanted: str | int | None) -> None:
+        for what, value in wanted.items():
+            if value is not None and (has := getattr(port, what)) != value:
+                text = f"port {self.name}/{port.index} has {what} {has}, the device {port.uuid} would have {value}"
+                raise MdevError(errno.EINVAL, text, self)
 
     def deactivate(self, port: Port) -> None:
         """Take the device from its port, and the port away if it came with the device."""
         with self._lock:
             port.mdev = port.function = None
+            port.hw_addr = port.configured
             if port.implicit:
                 del self._ports[port.index]
 
@@ -218,30 +236,29 @@ class Eswitch:
 
         By destination address; a group's goes to all others. There is no uplink: what is for nobody here is dropped.
         """
-        source.representor.rx_packets += 1
-        source.representor.rx_bytes += len(frame)
-        taken = [_hand_over(port, frame) for port in self._receivers(source, frame)]
-        if not any(taken):
-            source.representor.rx_dropped += 1
-        return any(taken)
-
-    def _receivers(self, source: Port, frame: bytes) -> Iterator[Port]:
         with self._lock:
-            ports = [port for port in self._ports.values() if port is not source and port.function is not None]
+            receivers = list(self._receivers(source, frame))
+        taken = [(port, function.deliver(frame)) for port, function in receivers]
+        with self._lock:
+            _count(source, taken, len(frame))
+        return any(went for _, went in taken)
+
+    def _receivers(self, source: Port, frame: bytes) -> Iterator[tuple[Port, Function]]:
         group = len(frame) >= 6 and frame[0] & _GROUP_BIT
-        for port in ports:
-            if group or port.hw_addr == frame[:6]:
-                yield port
+        for port in self._ports.values():
+            if port is not source and port.function is not None and (group or port.hw_addr == frame[:6]):
+                yield port, port.function
 
 
-def _hand_over(port: Port, frame: bytes) -> bool:
-    function = port.function
-    if function is None or not function.deliver(frame):
-        port.representor.tx_dropped += 1
-        return False
-    port.representor.tx_packets += 1
-    port.representor.tx_bytes += len(frame)
-    return True
+def _count(source: Port, taken: list[tuple[Port, bool]], size: int) -> None:
+    """Count a frame at the representors."""
+    source.representor.rx_packets += 1
+    source.representor.rx_bytes += size
+    source.representor.rx_dropped += not any(went for _, went in taken)
+    for port, went in taken:
+        port.representor.tx_packets += went
+        port.representor.tx_bytes += size * went
+        port.representor.tx_dropped += not went
 
 
 def _own_address(port: Port) -> bytes:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import select
 import threading
 from collections import deque
+from pathlib import Path
 from typing import Final
 
 from mdevkit.errors import MdevError
@@ -20,36 +22,48 @@ from mdevkit_virtio.virtio.stream import FrameStream, peer_name
 
 from mdevkit_subfunction.eswitch import Eswitch, Port
 
+log: Final = logging.getLogger("mdevkit.subfunction")
+
 #: Frames that wait for whoever takes them.
 QUEUE_LENGTH: Final = 256
 #: Bytes of an Ethernet header: the least a frame has.
 _SHORTEST: Final = 14
+#: How long nobody is accepted after that has failed, in milliseconds.
+_HOLD_OFF_MS: Final = 100
 
 
 class SfNetdev:
     """The interface of `port`, listening at `path`; errors of the path are those of `mdevkit.sockets.listen_at`."""
 
     def __init__(self, eswitch: Eswitch, port: Port, path: str, listen: Listen) -> None:
-        self.path: Final = path
+        #: Absolute: whoever made the socket may be another process, in another folder.
+        self.path: Final = str(Path(path).absolute())
         self._eswitch: Final = eswitch
         self._port: Final = port
         self._frames: deque[bytes] = deque()
+        #: Guards frames, client and the end; the eventfd is open as long as `_closing` is not set.
         self._changed: Final = threading.Condition()
         self._up = True
-        self._closing = False
-        self._client: FrameStream | None = None
-        self._listener: Final = listen(path)
-        self._identity: Final = socket_identity(path)
-        self._listener.setblocking(False)
-        self._wake_fd: Final = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._thread: Final = threading.Thread(target=self._main, name=f"{port.netdev} socket", daemon=True)
-        self._thread.start()
+        self._closing = self._leaving = self._hold_off = False
+        self._stream: FrameStream | None = None
+        self._client = ""
+        with contextlib.ExitStack() as stack:
+            self._wake_fd: Final = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            stack.callback(os.close, self._wake_fd)
+            self._listener: Final = listen(self.path)
+            stack.callback(self._remove_socket, socket_identity(self.path))
+            self._listener.setblocking(False)
+            self._thread: Final = threading.Thread(target=self._main, name=f"{port.netdev} socket", daemon=True)
+            self._thread.start()
+            self._stack: Final = stack.pop_all()
+
+    def _remove_socket(self, identity: tuple[int, int]) -> None:
+        unlink_socket(self._listener, identity, self.path)
 
     @property
     def client(self) -> str:
         """Who is connected; empty for nobody."""
-        client = self._client
-        return peer_name(client.sock) if client is not None else ""
+        return self._client
 
     # -- frames ----------------------------------------------------------------------------------------------------------
 
@@ -62,100 +76,129 @@ class SfNetdev:
         return self._eswitch.forward(self._port, frame)
 
     def deliver(self, frame: bytes) -> bool:
-        """See `eswitch.Function.deliver`: up to `QUEUE_LENGTH` frames wait."""
+        """See `eswitch.Function.deliver`: up to `QUEUE_LENGTH` frames wait, none while the interface is suspended or gone."""
         with self._changed:
-            if not self._up or len(self._frames) >= QUEUE_LENGTH:
+            if self._closing or not self._up or len(self._frames) >= QUEUE_LENGTH:
                 return False
             self._frames.append(frame)
             self._changed.notify()
-        self._wake()
+            self._wake()
         return True
 
     def receive(self, timeout: float | None = None) -> bytes:
-        """Take the next frame: ETIMEDOUT, EBUSY while a program at the socket takes them."""
+        """Take the next frame: ETIMEDOUT, EBUSY while a program at the socket takes them, ENODEV once the interface has gone."""
         with self._changed:
-            if self._client is not None:
-                raise MdevError(errno.EBUSY, f"the frames of {self._port.netdev} go to {self.client}", self)
-            if not self._changed.wait_for(lambda: self._frames, timeout):
+            if not self._changed.wait_for(lambda: self._frames or self._client or self._closing, timeout):
                 raise MdevError(errno.ETIMEDOUT, f"no frame came to {self._port.netdev} within {timeout} s", self)
+            if self._client:
+                raise MdevError(errno.EBUSY, f"the frames of {self._port.netdev} go to {self._client}", self)
+            if not self._frames:
+                raise MdevError(errno.ENODEV, f"{self._port.netdev} has gone", self)
             return self._frames.popleft()
 
     def set_up(self, up: bool) -> None:
-        """Let frames pass, or none; what waits is kept."""
-        self._up = up
-        self._wake()
+        """Let frames pass, or none: what waits is kept, and the program at the socket is not listened to meanwhile."""
+        with self._changed:
+            self._up = up
+            self._wake()
 
     # -- the socket ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Hang up, give the path back, and end the thread."""
-        self._closing = True
-        self._wake()
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            self._wake()
         self._thread.join()
         self._hang_up()
-        unlink_socket(self._listener, self._identity, self.path)
-        os.close(self._wake_fd)
+        self._stack.close()
 
     def let_go(self, timeout: float, force: bool) -> None:
-        """Wait for the program at the socket to leave; EBUSY if it stays, unless `force`: then it is hung up on by `close`."""
+        """Wait for the program at the socket to leave, admitting no other; EBUSY if it stays.
+
+        With `force` there is nothing to wait for: `close` hangs up on it.
+        """
         with self._changed:
-            if force or self._changed.wait_for(lambda: self._client is None, timeout):
+            self._leaving = True
+            if force or self._changed.wait_for(lambda: not self._client, timeout):
                 return
-        raise MdevError(errno.EBUSY, f"{self._port.netdev} is in use by {self.client}", self)
+            self._leaving = False
+        raise MdevError(errno.EBUSY, f"{self._port.netdev} is in use by {self._client}", self)
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_write(self._wake_fd, 1)
 
+    # -- on the thread -----------------------------------------------------------------------------------------------------
+
     def _main(self) -> None:
         while not self._closing:
-            self._wait()
+            ready = self._wait()
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
-            self._accept()
+            if self._listener.fileno() in ready:
+                self._accept()
             try:
-                self._receive_all()
-                self._send_all()
+                self._serve(ready)
             except OSError:  # the program has gone, or speaks something else
                 self._hang_up()
 
-    def _wait(self) -> None:
+    def _wait(self) -> dict[int, int]:
+        """Wait for something to do; return events by descriptor."""
+        held_off, self._hold_off = self._hold_off, False
         poll = select.poll()
         poll.register(self._wake_fd, select.POLLIN)
-        poll.register(self._listener, select.POLLIN)
-        if self._client is not None:
-            poll.register(self._client, select.POLLIN | (select.POLLOUT if self._client.blocked else 0))
-        poll.poll()
+        if not held_off:
+            poll.register(self._listener, select.POLLIN)
+        if self._stream is not None:
+            listened = select.POLLIN if self._up else 0
+            poll.register(self._stream, listened | (select.POLLOUT if self._stream.blocked and self._up else 0))
+        return dict(poll.poll(_HOLD_OFF_MS if held_off else None))
 
     def _accept(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        """Take a program as the interface's user, unless there is one."""
+        try:
             connection, _ = self._listener.accept()
-            if self._client is not None:
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:  # out of descriptors or memory: it would be ready again at once
+            log.warning("%s: nobody can connect: %s", self._port.netdev, error)
+            self._hold_off = True
+            return
+        with self._changed:
+            if self._stream is not None or self._leaving:
                 connection.close()
                 return
-            with self._changed:
-                self._client = FrameStream(connection)
+            self._stream, self._client = FrameStream(connection), peer_name(connection)
+            self._changed.notify_all()
 
-    def _receive_all(self) -> None:
-        if self._client is None:
+    def _serve(self, ready: dict[int, int]) -> None:
+        if self._stream is None:
             return
-        for frame in self._client.receive():
-            if self._up and len(frame) >= _SHORTEST:
+        events = ready.get(self._stream.fileno(), 0)
+        if events & (select.POLLHUP | select.POLLERR) and not events & select.POLLIN:
+            self._hang_up()
+        elif self._up:
+            self._receive_all(self._stream)
+            self._send_all(self._stream)
+
+    def _receive_all(self, stream: FrameStream) -> None:
+        for frame in stream.receive():
+            if len(frame) >= _SHORTEST:
                 self._eswitch.forward(self._port, frame)
 
-    def _send_all(self) -> None:
-        while self._client is not None and self._up and not self._client.blocked:
+    def _send_all(self, stream: FrameStream) -> None:
+        while self._up and stream.flush():
             with self._changed:
                 if not self._frames:
                     return
                 frame = self._frames.popleft()
-            self._client.send(frame)
-        if self._client is not None and self._client.blocked:
-            self._client.flush()
+            stream.send(frame)
 
     def _hang_up(self) -> None:
         with self._changed:
-            if self._client is not None:
-                self._client.close()
-                self._client = None
+            if self._stream is not None:
+                self._stream.close()
+                self._stream, self._client = None, ""
             self._changed.notify_all()

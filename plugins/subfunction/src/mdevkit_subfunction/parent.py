@@ -63,7 +63,7 @@ class SubfunctionParent(ParentOps):
     def parent_create(self, mdev: Mdev, params: Mapping[str, Any]) -> None:
         """Activate the device's port, or make one: errors as `Eswitch.activate`."""
         hw_addr = words.address(params["hw_addr"]) if params["hw_addr"] else None
-        port = self.eswitch.activate(mdev.type.group, mdev, hw_addr, params["sfnum"])
+        port = self.eswitch.activate(mdev.type.group, mdev, hw_addr, params["sfnum"], params["representor"] or None)
         try:
             _BUILD[mdev.type.group](self.eswitch, port, mdev)
         except BaseException:

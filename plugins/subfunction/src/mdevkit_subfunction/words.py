@@ -15,6 +15,8 @@ from mdevkit.errors import MdevError, shown
 
 from mdevkit_subfunction.eswitch import FLAVOURS
 
+#: What `port add` takes.
+PORT: Final = ("flavour", "name", "uuid", "pfnum", "sfnum")
 #: devlink's word for a sub-function of the vendor's own driver.
 _ALIASES: Final = {"pcisf": "mlx5"}
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")

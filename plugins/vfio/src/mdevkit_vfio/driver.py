@@ -18,6 +18,7 @@ from mdevkit.hookspecs import hookimpl
 from mdevkit.paths import runtime_dir
 
 from mdevkit_vfio.bus import VfioBus, VfioMdev
+from mdevkit_vfio.ops import SharedMemory
 from mdevkit_vfio.server import Throttle, VfioUserServer
 from mdevkit_vfio.transport import VARIABLE, Fronts, ParkedServer, Transport, can_be_parked
 
@@ -27,11 +28,17 @@ if TYPE_CHECKING:
     from mdevkit.device import Device
 
 
-class VfioUserEndpoint:
-    """A bound device's vfio-user socket."""
+#: What makes a machine's memory shared; vhost-user devices say the same.
+_QEMU_MEMORY = ("-m", "1G", "-object", "memory-backend-memfd,id=mem,size=1G,share=on", "-machine", "memory-backend=mem")
+_LIBVIRT_MEMORY = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
 
-    def __init__(self, server: Transport) -> None:
+
+class VfioUserEndpoint:
+    """A bound device's vfio-user socket. `shared_memory`: the device needs the client's memory shared, as `SharedMemory` says."""
+
+    def __init__(self, server: Transport, *, shared_memory: bool = False) -> None:
         self.server = server
+        self._shared_memory = shared_memory
 
     def describe(self) -> Mapping[str, str]:
         """See `mdevkit.driver.Endpoint.describe`; EIO with the reason for a device that its clients' requests have killed."""
@@ -41,13 +48,17 @@ class VfioUserEndpoint:
         return {"kind": "vfio-user", "socket": str(self.server.path), "client": str(client) if client else ""}
 
     def attach(self, client: str) -> Sequence[str]:
-        """Return QEMU's or libvirt's arguments; EOPNOTSUPP for DPDK, which has no vfio-user client."""
+        """Return QEMU's or libvirt's arguments; EOPNOTSUPP for DPDK, which has no vfio-user client.
+
+        For a device that needs QEMU's memory to be shared they say so; its size is its user's to choose, 1 GiB stands in for it.
+        """
         device = {"driver": "vfio-user-pci", "socket": {"type": "unix", "path": str(self.server.path)}}
         qemu = ["-device", json.dumps(device, separators=(",", ":"))]
         if client == "qemu":
-            return qemu
+            return [*(_QEMU_MEMORY if self._shared_memory else ()), *qemu]
         if client == "libvirt":
-            return ["<qemu:commandline>", *(f"  <qemu:arg value='{word}'/>" for word in qemu), "</qemu:commandline>"]
+            memory = [_LIBVIRT_MEMORY] if self._shared_memory else []
+            return [*memory, "<qemu:commandline>", *(f"  <qemu:arg value='{word}'/>" for word in qemu), "</qemu:commandline>"]
         raise MdevError(errno.EOPNOTSUPP, f"{client} cannot use a vfio-user device", client)
 
 
@@ -73,7 +84,8 @@ class VfioMdevDriver(Driver):
         path = Path(mdev.endpoint_path or runtime_dir() / f"{mdev.name}.sock")
         server = self._transport(mdev, path)
         server.start()
-        return VfioUserEndpoint(server)
+        ops = mdev.get_ops()
+        return VfioUserEndpoint(server, shared_memory=isinstance(ops, SharedMemory) and ops.shared_memory)
 
     def _transport(self, mdev: VfioMdev, path: Path) -> Transport:
         """Choose how the device is served: through a front where there are fronts and the device can go on in another process."""

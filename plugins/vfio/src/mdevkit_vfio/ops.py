@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mdevkit_vfio.uapi import Device, IrqFlag, IrqSet, MigrationFlag, MigrationState, RegionFlag
 
@@ -224,6 +224,14 @@ class VfioOps(Protocol):
     def request(self, count: int) -> bool:
         """Ask the client to let go, for the `count`-th time (0 first), through the REQ irq; False if it is not armed."""
         ...
+
+
+@runtime_checkable
+class SharedMemory(Protocol):
+    """What `VfioOps` may state besides, for a device that maps the guest's memory itself."""
+
+    #: Whether the device is of no use to a client that does not share its memory by descriptor: users are told how to share it.
+    shared_memory: bool
 
 
 @dataclass

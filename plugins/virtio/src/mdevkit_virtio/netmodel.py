@@ -57,7 +57,7 @@ _LEGACY_HEADER: Final = 10
 
 @dataclass
 class NetCounters:
-    """What has passed, from the driver's side; written by the worker's thread alone, but for `rx_dropped`."""
+    """What has passed, from the driver's side; written by the worker's thread alone, but for `rx_dropped`, which has a lock."""
 
     tx_packets: int = 0
     tx_bytes: int = 0
@@ -100,7 +100,7 @@ class NetModel(VirtioModel):
         """Do with a frame what the device does; on the worker's thread, soon to return."""
 
     def deliver(self, frame: bytes) -> bool:
-        """Let the driver receive a frame; false when too many wait already, or it is not running. Any thread."""
+        """Let the driver receive a frame; false when too many wait already, or it is not running. Any thread, at any time."""
         worker = self._worker
         with self._incoming_lock:
             if worker is None or not self.running or len(self._incoming) >= self._backlog or len(frame) > MAX_FRAME - _HEADER:
@@ -143,28 +143,29 @@ class NetModel(VirtioModel):
     # -- on the worker's thread ------------------------------------------------------------------------------------------------
 
     def _send(self, queue: Virtqueue) -> None:
+        """Send a batch: for what is left the worker comes back, so that a driver without an end to its frames holds up nobody."""
         header = self._header
-        while buffers := queue.take():
-            for buffer in buffers:
-                if header < buffer.readable <= MAX_FRAME:
-                    frame = buffer.read(header, buffer.readable - header)
-                    self.counters.tx_packets += 1
-                    self.counters.tx_bytes += len(frame)
-                    self.transmit(frame)
-            queue.complete(*((buffer, 0) for buffer in buffers))
+        buffers = queue.take()
+        for buffer in buffers:
+            if header < buffer.readable <= MAX_FRAME:
+                frame = buffer.read(header, buffer.readable - header)
+                self.counters.tx_packets += 1
+                self.counters.tx_bytes += len(frame)
+                self.transmit(frame)
+        queue.complete(*((buffer, 0) for buffer in buffers))
 
     def _receive(self, queue: Virtqueue) -> None:
-        while self._incoming:
+        """Give the driver what waits now; what comes meanwhile wakes the worker again."""
+        for _ in range(len(self._incoming)):
             frame = self._incoming[0]
             buffers = self._room_for(len(frame) + self._header, queue)
             if buffers is None:
                 return
             with self._incoming_lock:
                 self._incoming.popleft()
+                self.counters.rx_dropped += not buffers
             if buffers:
                 self._write(queue, buffers, frame)
-            else:
-                self.counters.rx_dropped += 1
 
     def _room_for(self, size: int, queue: Virtqueue) -> list[Buffer] | None:
         """Take buffers for `size` bytes: None as long as there are too few, none at all for what will never fit."""
@@ -172,7 +173,8 @@ class NetModel(VirtioModel):
         while not self._spare or (merge and sum(buffer.writable for buffer in self._spare) < size):
             taken = queue.take(1)
             if not taken:
-                return None
+                # More than the whole ring will not come.
+                return [] if len(self._spare) >= queue.setup.num else None
             self._spare.extend(taken)
         buffers: list[Buffer] = []
         room = 0
