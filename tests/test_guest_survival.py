@@ -20,8 +20,8 @@ import pytest
 
 from tests.guests import Guest
 from tests.guests.serial import EXCHANGE, ports_at_boot
-from tests.survivor import PATIENCE, PLUGINS, Survivor
 from tests.services import Running, wait_until
+from tests.survivor import PATIENCE, PLUGINS, Survivor
 
 SIZE = 24 * 1024
 KILLS = 20

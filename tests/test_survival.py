@@ -21,8 +21,8 @@ import pytest
 from mdevkit.errors import MdevError
 from mdevkit_vfio.client import VfioUserClient
 
-from tests.survivor import PATIENCE, Survivor
 from tests.services import PARENTS, Running, alive, wait_until
+from tests.survivor import PATIENCE, Survivor
 
 MDEVKIT = Path(sys.executable).with_name("mdevkit")
 #: Registers of the serial card, and of the fragile one.

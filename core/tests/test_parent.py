@@ -63,6 +63,15 @@ def test_units_set_aside_are_taken_once_and_outlive_their_device(fails):
     assert (pool.free, pool.holders) == (2, {})
 
 
+def test_units_given_back_while_their_device_goes_are_free_once():
+    pool = Pool("ports", 2)
+    pool.set_aside(2, "a")
+    reserve({pool: 2}, "a", "T")
+    pool.give_back("a")
+    release({pool: 2}, "a")
+    assert (pool.free, pool.holders) == (2, {})
+
+
 def test_what_cannot_be_set_aside(fails):
     pool = Pool("ports", 2)
     reserve({pool: 1}, "a", None)

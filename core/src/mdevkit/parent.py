@@ -117,7 +117,8 @@ def release(costs: Mapping[Pool, int], holder: Hashable) -> None:
     for pool in costs:
         with pool._lock:
             if holder not in pool._ahead:
-                pool._used -= pool._holders.pop(holder)
+                # What was set aside may have been given back while the device went.
+                pool._used -= pool._holders.pop(holder, 0)
 
 
 @dataclass(eq=False)

@@ -241,3 +241,20 @@ def test_an_interface_in_use_stays_unless_forced(registry, pair, fails):
         registry.remove(first.uuid, force=True)
         assert sock.recv(1) == b""
     assert [port.sfnum for port in registry.parent("0000:06:00.0").ops.eswitch.ports()] == [1]
+
+
+def test_a_port_deleted_while_its_device_is_created_fails_the_create(registry, fails, monkeypatch):
+    """Between the slot's reservation and the activation anybody may delete the port: nothing is given away twice."""
+    eswitch = registry.parent("0000:06:00.0").ops.eswitch
+    uuid = "5ffd5757-0000-4000-8000-000000000042"
+    port = eswitch.add("mlx5", uuid, 7)
+    activate = eswitch.activate
+
+    def too_late(*words):
+        eswitch.delete(port.index)
+        return activate(*words)
+
+    monkeypatch.setattr(eswitch, "activate", too_late)
+    text = fails(errno.ENODEV, registry.create, "subfunction-mlx5", uuid=uuid)
+    assert text.endswith("was deleted while it was created")
+    assert (eswitch.ports(), eswitch.slots.free) == ([], 64)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import resource
 import tempfile
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -276,3 +277,25 @@ def wait_until():
         return found
 
     return wait
+
+
+@pytest.fixture
+def exhausted():
+    """Keeps this process from opening anything: ``with exhausted(): ...``."""
+
+    @contextmanager
+    def block():
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        taken = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+        try:
+            with suppress(OSError):
+                while True:
+                    taken.append(os.dup(0))
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in taken:
+                os.close(fd)
+
+    return block

@@ -6,11 +6,12 @@ import contextlib
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from mdevkit_virtio.datathread import DataThread
 from mdevkit_virtio.driverside import Segment
-from mdevkit_virtio.layout import Feature, MoveOptions, Wait
+from mdevkit_virtio.layout import NO_FEATURES, Feature, MoveOptions, Wait
 
 SIZE = 100
 
@@ -308,3 +309,27 @@ def test_a_bug_in_the_engine_halts_the_movers(rigs, threads, caplog):
     thread.start()
     _until(lambda: halted)
     assert "the engine failed, its queues are halted" in caplog.text
+
+
+def test_a_stop_that_is_interrupted_leaves_the_thread_asleep(rig, threads, monkeypatch):
+    """A stop has two halves; between them a thread that polls may have stopped already."""
+    link = Link(rig, NO_FEATURES)
+    thread = threads(link.rig.engine, spin_us=100_000)
+    thread.set_movers([link.mover])
+    thread.start()
+    link.send()
+    link.came(1)
+    write = os.eventfd_write
+
+    def slow(fd, value):
+        time.sleep(0.05)  # what another process on this processor may take
+        write(fd, value)
+
+    monkeypatch.setattr(os, "eventfd_write", slow)
+    with thread.paused():
+        monkeypatch.undo()
+    _until(lambda: thread.sleeps)
+    schedstat = Path(f"/proc/self/task/{thread.native_id}/schedstat")
+    before = int(schedstat.read_text().split()[0])
+    time.sleep(0.5)  # what is measured is the processor time of a while
+    assert int(schedstat.read_text().split()[0]) - before < 50_000_000

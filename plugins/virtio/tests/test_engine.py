@@ -336,3 +336,18 @@ def test_what_a_queue_used_goes_with_it(rigs, engine, features):
     rig.table = None
     del tx, rx, loop
     assert len(list(Path("/proc/self/fd").iterdir())) == before + 2, "the memory of the rig itself: a file and its mapping"
+
+
+def test_a_buffer_outlives_its_ring_without_harm(rigs, engine, features):
+    """A vendor that keeps one too long gets an error, and reads no memory that has gone."""
+    old, new = rigs(engine), rigs(engine)
+    ring, queue = old.pair(features=features)
+    assert ring.add([Segment(old.place(b"before"), 6)], [], 0)
+    (buffer,) = queue.take()
+    queue.stop()
+    old.table = None
+    queue.start(new.table, new.config(new.ring(features=features)))
+    assert buffer.read() == b"before"
+    with pytest.raises(MdevError, match="queue 0: a buffer of another queue, or taken before it was stopped") as caught:
+        queue.complete((buffer, 0))
+    assert caught.value.errno == errno.EINVAL

@@ -158,3 +158,12 @@ def test_look_up_agrees_with_looking_at_every_region(spans, probes):
     for probe in probes:
         expected = [r for r in table.regions if r.guest <= probe < r.guest + r.size]
         assert table.find(probe) is (expected[0] if expected else None)
+
+
+def test_mapped_memory_costs_no_descriptor(fd):
+    before = len(_entries("/proc/self/fd"))
+    table = MemoryTable(Region(fd, at * PAGE, PAGE, offset=at * PAGE) for at in range(64))
+    log = DirtyLog(fd, PAGE)
+    # A client with as many regions as it may have must not take the descriptors of everybody else's devices.
+    assert len(_entries("/proc/self/fd")) == before
+    assert len({region.host for region in table.regions} | {log.host}) == 65

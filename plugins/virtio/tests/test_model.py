@@ -59,9 +59,10 @@ class Echo(VirtioModel):
 
     def queue_stopping(self, index, queue):
         self.log.append(f"stopping {index}")
-        for buffer in self.kept:
-            self.answer(queue, buffer)
-        self.kept.clear()
+        if index == 1:
+            for buffer in self.kept:
+                self.answer(queue, buffer)
+            self.kept.clear()
 
     def device_reset(self):
         self.log.append("reset")
@@ -204,6 +205,17 @@ def test_a_buffer_of_a_queue_that_stopped_is_of_no_use(guest, echo, monkeypatch)
     assert guest.wait(lambda: echo.kept, PATIENCE)
     with echo.changing(), pytest.raises(MdevError, match="echo queue 1 is not started"):
         stale._queue.complete((stale, 0))
+
+
+def test_a_vendor_that_fails_to_give_back_keeps_no_device_from_being_reset(guest, echo, monkeypatch, caplog):
+    def fail(*_):
+        raise ZeroDivisionError("this vendor has a bug")
+
+    monkeypatch.setattr(Echo, "queue_stopping", fail)
+    echo.set_status(0)
+    assert (echo.get_status(), echo.get_vq_ready(0), echo.log[-1]) == (0, False, "reset")
+    assert "giving back the buffers of queue 0 failed" in caplog.text
+    caplog.clear()
 
 
 def test_what_a_vendor_leaves_waits_for_a_wake(guests, engine):

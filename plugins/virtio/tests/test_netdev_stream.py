@@ -228,3 +228,14 @@ def asleep(tid):
 def timeslices(tid):
     """Return how often a thread has been given a processor (Documentation/scheduler/sched-stats.rst)."""
     return int(Path(f"/proc/self/task/{tid}/schedstat").read_text().split()[2])
+
+
+def test_a_shortage_of_descriptors_does_not_close_the_socket(connect, path, netdev, wait_until, caplog, exhausted):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as early:
+        with exhausted():
+            early.connect(path)
+            wait_until(lambda: "nobody can be accepted" in caplog.text)
+            assert netdev.port is None
+        wait_until(lambda: netdev.port is not None)
+    wait_until(lambda: netdev.port is None)
+    assert exchange(connect(), [frame(1)]) == [frame(1)]

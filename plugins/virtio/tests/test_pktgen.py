@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import random
+import socket
+import threading
 import time
 
 import pytest
@@ -186,3 +188,17 @@ def test_devices_that_cannot_be_used(facts, number, text):
     with pytest.raises(MdevError, match=text) as caught:
         open_link({"uuid": UUID, "state": "bound", **facts})
     assert caught.value.errno == number
+
+
+def test_a_device_that_hangs_up_is_in_use(tmp_path):
+    """Somebody may have come between our looking and our connecting."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "x"))
+        listener.listen()
+        busy = threading.Thread(target=lambda: listener.accept()[0].close())
+        busy.start()
+        facts = {"uuid": UUID, "kind": "vhost-user", "socket": str(tmp_path / "x")}
+        with pytest.raises(MdevError, match=f"device {UUID} is in use by another client: it hung up on us") as caught:
+            open_link(facts)
+        busy.join()
+    assert caught.value.errno == errno.EBUSY

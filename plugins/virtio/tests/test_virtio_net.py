@@ -8,6 +8,7 @@ import threading
 import pytest
 from mdevkit import MdevError
 from mdevkit_virtio.layout import Feature
+from mdevkit_virtio.virtio.netdev import NetPort
 
 EXTRA = {
     "split": 0,
@@ -270,3 +271,43 @@ def test_suspend_and_resume_keep_user_and_settings(lab):
         netdev.send(frame(3))
         assert frames.get(PATIENCE) == frame(3)
     assert netdev.statistics.tx_packets == 2
+
+
+class Echo(NetPort):
+    """Sends back whatever comes: to a device that does so too, for ever. Notes how long others have to wait for their turn."""
+
+    def __init__(self, netdev):
+        self.netdev, self.count, self.waits = netdev, 0, []
+        netdev.connect(self)
+
+    def receive(self, one):
+        self.count += 1
+        if self.count % 1000 == 0:
+            asked = self.count
+            self.netdev.irq.post(lambda: self.waits.append(self.count - asked))
+        return self.netdev.try_send(one)
+
+
+def test_traffic_that_never_ends_lets_others_have_their_turn(lab, wait_until):
+    netdev = lab.netdev()
+    port = Echo(netdev)
+    for number in range(48):
+        netdev.send(frame(number), timeout=PATIENCE)
+    wait_until(lambda: port.count > 20_000)
+    netdev.disconnect(port)
+    assert len(port.waits) >= 18
+    assert max(port.waits) <= 2 * 64
+
+
+def test_a_configuration_that_changes_during_the_probe_is_followed(lab, wait_until):
+    class Fickle(lab.loop):
+        """Loses its link as soon as it has a driver."""
+
+        def driver_ok(self):
+            self.update_config(status=0)
+
+    mdev = lab.create(lambda name: Fickle(name=name))
+    netdev = mdev.endpoint.device.endpoint.netdev
+    wait_until(lambda: not netdev.carrier)
+    mdev.drvdata.ops.update_config(status=1)
+    wait_until(lambda: netdev.carrier)

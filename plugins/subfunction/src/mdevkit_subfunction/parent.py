@@ -6,9 +6,11 @@ any thread, several creates at once; what they share is the eswitch, which has a
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from mdevkit.errors import MdevError
 from mdevkit.hookspecs import hookimpl
 from mdevkit.parent import MdevType, ParentOps, Pool
 from mdevkit_vdev.bus import VdevMdev
@@ -61,10 +63,13 @@ class SubfunctionParent(ParentOps):
 
     @hookimpl
     def parent_create(self, mdev: Mdev, params: Mapping[str, Any]) -> None:
-        """Activate the device's port, or make one: errors as `Eswitch.activate`."""
+        """Activate the device's port, or make one: errors as `Eswitch.activate`; ENODEV if the port is deleted meanwhile."""
         hw_addr = words.address(params["hw_addr"]) if params["hw_addr"] else None
         port = self.eswitch.activate(mdev.type.group, mdev, hw_addr, params["sfnum"], params["representor"] or None)
         try:
+            # An active port cannot be deleted; one that was, before that, has taken the device's slot with it.
+            if str(mdev.uuid) not in self.slots.holders:
+                raise MdevError(errno.ENODEV, f"the port of {mdev} was deleted while it was created", mdev)
             _BUILD[mdev.type.group](self.eswitch, port, mdev)
         except BaseException:
             self.eswitch.deactivate(port)

@@ -60,8 +60,9 @@ class PyLoop:
 
     def stop(self) -> None:
         """Make `run` return; any thread."""
-        self._stopped = True
+        # In this order, or `run` could return before the descriptor is written to, which would then stay ready and keep it awake.
         os.eventfd_write(self._stop_fd, 1)
+        self._stopped = True
 
     def close(self) -> None:
         """Give the descriptors back; nobody may be in `run`."""

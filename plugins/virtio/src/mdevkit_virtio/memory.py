@@ -15,8 +15,9 @@ import fcntl
 import mmap
 import os
 import threading
+import weakref
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -26,6 +27,21 @@ from mdevkit.errors import MdevError
 MAX_REGIONS: Final = 1024
 
 _ADDRESS_LIMIT: Final = 1 << 64
+
+
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
+
+
+def _load() -> tuple[Callable[[None, int, int, int, int, int], int | None], Callable[[int, int], int]]:
+    """Return mmap(2) and munmap(2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return libc.mmap, libc.munmap
+
+
+_mmap, _munmap = _load()
 
 
 class Piece(NamedTuple):
@@ -39,8 +55,9 @@ class Piece(NamedTuple):
 class Mapping:
     """Part of a client's file in our address space, from `offset` on for `size` bytes; unmapped when nobody uses it any more.
 
-    The descriptor stays the caller's. ENOTSUP for a file that is not on memfd, tmpfs or hugetlbfs, EACCES for one that is
-    not open for reading and writing, EINVAL for one that is too short.
+    The descriptor stays the caller's, and none of ours is used: `mmap.mmap` would keep one for each mapping, and a client may
+    have very many. ENOTSUP for a file that is not on memfd, tmpfs or hugetlbfs, EACCES for one that is not open for reading and
+    writing, EINVAL for one that is too short.
     """
 
     def __init__(self, fd: int, size: int, offset: int = 0) -> None:
@@ -49,14 +66,14 @@ class Mapping:
         page = max(os.fstat(fd).st_blksize, mmap.PAGESIZE)
         before = offset % page
         length = -(-(before + size) // page) * page
-        length = min(length, os.fstat(fd).st_size - offset + before)
-        try:
-            self._map: Final = mmap.mmap(fd, length, offset=offset - before)
-        except (OSError, ValueError) as error:
-            raise MdevError(errno.EINVAL, f"guest memory of {size} bytes cannot be mapped: {error}") from error
-        self._pin: Final = ctypes.c_char.from_buffer(self._map, before)
+        base = _mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, offset - before)
+        if base is None or base == _MAP_FAILED:
+            reason = os.strerror(ctypes.get_errno())
+            raise MdevError(errno.EINVAL, f"guest memory of {size} bytes cannot be mapped: {reason}")
+        # Not at exit: threads of ours may use it to the very end.
+        weakref.finalize(self, _munmap, base, length).atexit = False
         #: Where it is in our address space.
-        self.host: Final = ctypes.addressof(self._pin)
+        self.host: Final = base + before
         self.size: Final = size
 
 

@@ -450,8 +450,15 @@ class VirtioModel(VirtioOps):
         queue, slot.queue = slot.queue, None
         if queue is not None:
             if queue.broken is None:
-                self.queue_stopping(slot.index, queue)
+                self._let_vendor_stop(slot, queue)
             slot.base = queue.stop().encode(packed=self._packed)
+
+    def _let_vendor_stop(self, slot: QueueState, queue: Virtqueue) -> None:
+        """Ask for the vendor's buffers; one that fails stops nobody from stopping: a reset always works."""
+        try:
+            self.queue_stopping(slot.index, queue)
+        except Exception:  # noqa: BLE001  # a bug of the vendor is reported, and keeps no device from being reset
+            _log.exception("%s: giving back the buffers of %s failed", self, slot)
 
     def _restart(self) -> None:
         """Let every queue that is started go on with the memory and log there are now; the first failure is raised at the end."""

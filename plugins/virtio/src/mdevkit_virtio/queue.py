@@ -45,13 +45,18 @@ class QueueConfig:
 
 
 class Buffer:
-    """One buffer of the driver's, valid until it is given back or its queue stops."""
+    """One buffer of the driver's, valid until it is given back or its queue stops.
 
-    __slots__ = ("_chain", "_queue", "done", "written")
+    Used later it is no danger, only of no use: the memory it is in stays mapped as long as it lives.
+    """
+
+    __slots__ = ("_chain", "_queue", "done", "setup", "written")
 
     def __init__(self, queue: Virtqueue, chain: Chain) -> None:
         self._queue = queue
         self._chain = chain
+        #: The ring it comes from.
+        self.setup = queue.setup
         self.done = False
         self.written = 0
 
@@ -74,12 +79,17 @@ class Buffer:
         """Return `size` bytes of the readable part from `offset` on, by default all; EINVAL beyond it, `RingError` if gone."""
         size = self.readable - offset if size is None else size
         _check_range(offset, size, self.readable, "readable")
-        return self._queue.copy_out(self._chain.inputs, offset, size)
+        fault, data = self._queue.engine.read(self.setup.table, self._chain.inputs, offset, size)
+        if fault:
+            raise RingError(fault, 0, self._queue)
+        return data
 
     def write(self, data: bytes, offset: int = 0) -> None:
         """Write into the writable part from `offset` on; errors as `read`."""
         _check_range(offset, len(data), self.writable, "writable")
-        self._queue.copy_in(self._chain.outputs, offset, data)
+        fault = self._queue.engine.write(self.setup.table, self.setup.log, self._chain.outputs, offset, data)
+        if fault:
+            raise RingError(fault, 0, self._queue)
 
 
 def _check_range(offset: int, size: int, room: int, kind: str) -> None:
@@ -209,8 +219,8 @@ class Virtqueue:
     def complete(self, *done: tuple[Buffer, int]) -> None:
         """Give buffers back, each with the number of bytes written to it from its start, and signal the driver if it wants that.
 
-        With IN_ORDER a buffer is held until all taken before it have been given back. EINVAL for a buffer that is not out
-        or a number beyond its size; `RingError` if the ring is broken.
+        With IN_ORDER a buffer is held until all taken before it have been given back. EINVAL for a buffer that is not out, or of
+        another queue, or taken before this one was stopped, or a number beyond its size; `RingError` if the ring is broken.
         """
         ring = self.ring
         for buffer, written in done:
@@ -218,6 +228,8 @@ class Virtqueue:
                 raise MdevError(
                     errno.EINVAL, f"{self}: a buffer given back twice, or with {written} bytes of {buffer.writable}", self
                 )
+            if buffer.setup is not self._setup:
+                raise MdevError(errno.EINVAL, f"{self}: a buffer of another queue, or taken before it was stopped", self)
             buffer.done, buffer.written = True, written
         ready = self._in_sequence() if self._in_order else [buffer for buffer, _ in done]
         used = [Used(buffer.chain.id, buffer.written, buffer.chain.slots) for buffer in ready]
@@ -242,19 +254,6 @@ class Virtqueue:
     def drain_kick(self) -> None:
         """Empty the kick eventfd; never blocks."""
         drain_kick(self.ring)
-
-    def copy_out(self, pieces: tuple[Piece, ...], offset: int, size: int) -> bytes:
-        """For `Buffer`."""
-        fault, data = self.engine.read(self.setup.table, pieces, offset, size)
-        if fault:
-            raise RingError(fault, 0, self)
-        return data
-
-    def copy_in(self, pieces: tuple[Piece, ...], offset: int, data: bytes) -> None:
-        """For `Buffer`."""
-        fault = self.engine.write(self.setup.table, self.setup.log, pieces, offset, data)
-        if fault:
-            raise RingError(fault, 0, self)
 
     def _check(self, ring: Ring) -> None:
         if ring.fault is not Fault.OK:

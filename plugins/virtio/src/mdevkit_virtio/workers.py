@@ -139,8 +139,9 @@ class BufferWorker(Worker):
     def wake(self, index: int) -> None:
         """Have `on_buffers` called for a queue, if it runs; any thread."""
         with self._state:
-            self._pending.add(index)
-        os.eventfd_write(self._wake, 1)
+            if not self._closed:
+                self._pending.add(index)
+                os.eventfd_write(self._wake, 1)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -167,10 +168,9 @@ class BufferWorker(Worker):
 
     def close(self) -> None:
         """See `Worker.close`."""
-        if self._closed:
-            return
-        self._closed = True
         with self._control:
+            if self._closed:
+                return
             with self._state:
                 self._closing = True
                 self._state.notify_all()
@@ -178,10 +178,12 @@ class BufferWorker(Worker):
                 thread = self._thread
                 self._stop_until(lambda: not thread.is_alive())
                 thread.join()
-        os.close(self._wake)
+            with self._state:
+                self._closed = True
+                os.close(self._wake)
 
     def _stop_until(self, reached: Callable[[], bool]) -> None:
-        if self._thread is None:
+        if self._thread is None or self._closed:
             return
         os.eventfd_write(self._wake, 1)
         with self._state:
@@ -191,7 +193,8 @@ class BufferWorker(Worker):
 
     def _free_writer(self) -> None:
         """Let go of a thread that a client keeps blocked in a write to its eventfd."""
-        for queue in self._queues.values():
+        # A copy: the thread itself takes out a queue that breaks.
+        for queue in list(self._queues.values()):
             if queue.running and queue.ring.call_fd >= 0:
                 with contextlib.suppress(OSError):
                     os.preadv(queue.ring.call_fd, [bytearray(8)], -1, os.RWF_NOWAIT)

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import socket
+import struct
 from pathlib import Path
 
 import pytest
@@ -303,4 +304,23 @@ def test_a_pair_without_memory_for_it_says_so():
     memory = GuestMemory(4096)
     with pytest.raises(MdevError, match="do not fit into the 4096 bytes of guest memory"):
         NetPair(memory)
+    memory.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "length", "words"),
+    [
+        (99, 100, "queue 0: the device gave back a buffer it did not have"),
+        (0, 5000, "queue 0: the device wrote 5000 bytes into a buffer of 2048"),
+    ],
+)
+def test_a_device_that_gives_back_nonsense_is_said(frontends, number, length, words):
+    memory = GuestMemory(MIB)
+    pair = frontends.pair(memory, Feature.VERSION_1, num=16)
+    used = pair.rx.ring.device
+    memory.map[used + 4 : used + 12] = struct.pack("<II", number, length)
+    memory.map[used + 2 : used + 4] = b"\1\0"
+    with pytest.raises(MdevError, match=words) as caught:
+        pair.receive()
+    assert caught.value.errno == errno.EPROTO
     memory.close()

@@ -106,7 +106,8 @@ def test_it_goes_on_at_another_device(loopbacks, frontends, rings, seed):
         places[number % 2].until_free()
     rig.attach(places[0].path)
     rig.frames.finish()
-    assert rig.frames.sent > 50
+    # How many there was room for depends on how fast the device was; with fewer nothing was tried.
+    assert rig.frames.sent > 20
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -121,7 +122,8 @@ def test_it_goes_on_at_the_same_device_on_the_same_connection(loopbacks, fronten
             frontend.negotiate(rings)
         frontend.start(*rig.pair.queues)
     rig.frames.finish()
-    assert rig.frames.sent > 50
+    # As above.
+    assert rig.frames.sent > 20
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -327,3 +327,30 @@ def test_the_backend_does_not_come_back_to_leave(serve, listen):
         listener.settimeout(2 * BACKOFF_MOST)
         with pytest.raises(TimeoutError):
             listener.accept()
+
+
+def test_a_shortage_of_descriptors_does_not_end_the_connecting(serve, connect, listen, until, caplog, exhausted):
+    caplog.set_level("DEBUG", "mdevkit.virtio")
+    served = serve(source=Connecting(str(listen("not-yet.sock").getsockname()) + "-elsewhere"))
+    until(lambda: "cannot connect" in caplog.text)
+    with exhausted():
+        caplog.clear()
+        until(lambda: "cannot connect" in caplog.text)
+    connect(accept(listen("not-yet.sock-elsewhere"))).check(20)
+    assert served.server.client
+
+
+def test_a_device_that_does_not_let_go_of_a_kick_keeps_no_other_descriptor(serve, connect, loopback, until):
+    class Clinging(loopback):
+        """Fails where a queue's kick is taken from it."""
+
+        def set_vq_kick(self, index, fd):
+            if fd < 0:
+                raise ZeroDivisionError(index)
+            return super().set_vq_kick(index, fd)
+
+    served = serve(Clinging())
+    net = connect(served)
+    net.check(20)
+    net.frontend.close()
+    until(lambda: served.server.client is None)

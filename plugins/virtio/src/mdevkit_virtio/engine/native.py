@@ -254,8 +254,9 @@ class NativeLoop:
 
     def stop(self) -> None:
         """Make `run` return; any thread."""
-        self._c.stop = 1
+        # In this order, or `run` could return before the descriptor is written to, which would then stay ready and keep it awake.
         os.eventfd_write(self._stop_fd, 1)
+        self._c.stop = 1
 
     def close(self) -> None:
         """Give the descriptors back; nobody may be in `run`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import select
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Final, Protocol
 
 from mdevkit.errors import MdevError
@@ -121,8 +121,8 @@ class VhostLink:
             raise MdevError(errno.ECONNRESET, "the peer has hung up")
 
     def close(self) -> None:
-        """See `Link.close`: in order, so that the device is free when this returns."""
-        with self._undo:
+        """See `Link.close`: in order, so that the device is free when this returns; one that is gone has told so already."""
+        with self._undo, suppress(MdevError):
             self._frontend.stop()
             self._frontend.set_status(0)
 

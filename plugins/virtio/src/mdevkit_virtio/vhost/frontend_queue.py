@@ -48,6 +48,17 @@ class FrontendQueue:
             self.kicks += 1
         return needed
 
+    def collect(self, most: int) -> list[Completion]:
+        """Return what has come back since the last call; EPROTO for what was not there, or has more than `most` bytes in it."""
+        try:
+            found = self.ring.collect()
+        except (LookupError, ValueError) as error:
+            raise MdevError(errno.EPROTO, f"queue {self.index}: the device gave back a buffer it did not have") from error
+        longest = max((done.length for done in found), default=0)
+        if longest > most:
+            raise MdevError(errno.EPROTO, f"queue {self.index}: the device wrote {longest} bytes into a buffer of {most}")
+        return found
+
     def signals(self) -> int:
         """Return how often the device has signalled since the last call; never blocks."""
         try:
@@ -125,9 +136,12 @@ class NetPair:
         return count
 
     def receive(self, limit: int | None = None) -> list[bytes]:
-        """Return the frames that have come, `limit` at most, in order, and give their buffers to the device again."""
+        """Return the frames that have come, `limit` at most, in order, and give their buffers to the device again.
+
+        EPROTO for a device that gives back what it cannot; the pair is of no more use then.
+        """
         frames: list[bytes] = []
-        self._arrived.extend(self.rx.ring.collect())
+        self._arrived.extend(self.rx.collect(self._room))
         while self._arrived and (limit is None or len(frames) < limit):
             buffers = self._buffers_of(self._arrived[0])
             if len(self._arrived) < buffers:
@@ -188,7 +202,7 @@ class NetPair:
         self.rx.ring.add([], [Segment(self.rx_buffers[index], self._room)], index)
 
     def _reclaim(self) -> None:
-        for done in self.tx.ring.collect():
+        for done in self.tx.collect(0):
             self._unsent.append(done.token)
 
     def _buffers_of(self, first: Completion) -> int:

@@ -84,7 +84,7 @@ class VhostUserServer:
                 self.source.open()
                 undo.callback(self.source.close)
                 self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-                undo.callback(os.close, self._wake)
+                undo.callback(self._close_wake)
                 thread = threading.Thread(target=self._run, name=f"{self.name} vhost", daemon=True)
                 thread.start()
                 self._thread = thread
@@ -216,6 +216,10 @@ class VhostUserServer:
         self._changed = True
         self._notify()
 
+    def _close_wake(self) -> None:
+        os.close(self._wake)
+        self._wake = -1
+
     # -- the server's thread --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -229,8 +233,7 @@ class VhostUserServer:
                 self._end(self._session)
             self.source.close()
             with self._lock:
-                os.close(self._wake)
-                self._wake = -1
+                self._close_wake()
                 left = list(self._posted)
             for _, done in left:
                 done.set_result(None)

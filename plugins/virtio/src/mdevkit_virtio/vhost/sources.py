@@ -184,17 +184,22 @@ class Connecting:
         """See `Source.take`."""
         if refusing or time.monotonic() < self._next:
             return None
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.setblocking(False)
         try:
-            sock.connect(os.fsencode(self.path))
+            return self._connect()
         except OSError as error:
-            # Also when its backlog is full. What is not there yet will be, what was may come back: QEMU restarts, too.
+            # Also when its backlog is full, or no descriptor left. What is not there yet will be, what was may come back: QEMU
+            # restarts, too.
             log.debug("cannot connect to %s: %s", self.path, error)
-            sock.close()
             self._wait()
             return None
-        return sock
+
+    def _connect(self) -> socket.socket:
+        with contextlib.ExitStack() as undo:
+            sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            sock.setblocking(False)
+            sock.connect(os.fsencode(self.path))
+            undo.pop_all()
+            return sock
 
     def ended(self, seconds: float) -> None:
         """See `Source.ended`: a frontend that closes at once is not asked at full speed."""

@@ -2,12 +2,14 @@
 
 A frontend sends a ring's size, place, base and descriptors one by one, in an order of its own, and some of them while the
 ring runs. So a `Vring` keeps what was sent, and `update` starts or stops the device's queue when that has come to mean so.
-Used on the backend's thread only.
+Used on the backend's thread only, but for `Vring.drain`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import threading
 from typing import Final
 
 from mdevkit.errors import MdevError
@@ -34,6 +36,8 @@ class Vring:
         self.kicked_here = False
         self.kick = -1
         self._ops: Final = ops
+        #: Held while another thread empties the two, and while they are exchanged: so none is closed meanwhile.
+        self._signals: Final = threading.Lock()
         self._call = -1
         self._error = -1
         self._num = 0
@@ -84,7 +88,8 @@ class Vring:
 
     def set_call(self, fd: int) -> None:
         """Signal the driver through `fd` from now on, -1 for none; takes the descriptor over."""
-        old, self._call = self._call, fd
+        with self._signals:
+            old, self._call = self._call, fd
         try:
             self._tell_call()
         finally:
@@ -92,7 +97,8 @@ class Vring:
 
     def set_error(self, fd: int) -> None:
         """Signal errors through `fd` from now on, -1 for none; takes the descriptor over."""
-        old, self._error = self._error, fd
+        with self._signals:
+            old, self._error = self._error, fd
         close_all([old])
 
     def report_error(self) -> None:
@@ -102,8 +108,9 @@ class Vring:
 
     def drain(self) -> None:
         """Empty the eventfds that are written to, in case a thread is blocked in that. Any thread; never blocks."""
-        drain(self._call)
-        drain(self._error)
+        with self._signals:
+            drain(self._call)
+            drain(self._error)
 
     # -- what the device is told ----------------------------------------------------------------------------------------
 
@@ -138,10 +145,11 @@ class Vring:
         self._base = None
 
     def close(self) -> None:
-        """Close the descriptors; the device forgets them first."""
-        self._tell_kick(-1)
-        self.set_call(-1)
-        self.set_error(-1)
+        """Close the descriptors, all of them whatever the device makes of it; the device forgets them first."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.set_error, -1)
+            stack.callback(self.set_call, -1)
+            stack.callback(self._tell_kick, -1)
 
     def _start(self, table: MemoryTable, *, packed: bool) -> None:
         check_size(self._num, packed=packed)

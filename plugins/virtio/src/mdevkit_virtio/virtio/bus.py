@@ -12,6 +12,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from functools import partial
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from mdevkit.bus import Bus
@@ -123,8 +124,9 @@ class VirtioBus(Bus):
 
     def __init__(self) -> None:
         self._lock: Final = threading.Lock()
-        #: Numbers of devices in use (virtio_index_ida).
-        self._indexes: Final[set[int]] = set()
+        #: Numbers for devices (virtio_index_ida): those given back, least first, and the least that was never given.
+        self._free: Final[list[int]] = []
+        self._next = 0
 
     def register(self, registry: Registry, device: VirtioDevice) -> None:
         """Name a device, reset and acknowledge it, and add it below its parent (register_virtio_device).
@@ -132,8 +134,8 @@ class VirtioBus(Bus):
         A driver that fails leaves the reason in ``device.error``. What the device raises at its reset is passed on.
         """
         with self._lock:
-            device.index = next(number for number in range(len(self._indexes) + 1) if number not in self._indexes)
-            self._indexes.add(device.index)
+            device.index = heappop(self._free) if self._free else self._next
+            self._next = max(self._next, device.index + 1)
         device.name = f"virtio{device.index}"
         try:
             # A previous driver may have left it in any state.
@@ -153,7 +155,9 @@ class VirtioBus(Bus):
 
     def _forget(self, device: VirtioDevice) -> None:
         with self._lock:
-            self._indexes.discard(device.index)
+            if device.index >= 0:
+                heappush(self._free, device.index)
+                device.index = -1
 
     @hookimpl
     def bus_match(self, device: Device, driver: Driver) -> bool:

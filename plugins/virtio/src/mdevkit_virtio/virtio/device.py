@@ -172,12 +172,12 @@ class VirtioDevice(Device):
             function()
 
     def enable_config(self, function: Callable[[], None]) -> None:
-        """Call `function` at configuration interrupts, and now if one has come meanwhile (virtio_config_core_enable)."""
+        """Call `function` at configuration interrupts, and soon if one has come meanwhile (virtio_config_core_enable)."""
         with self._config_lock:
             self._config_function = function
             pending, self._config_pending = self._config_pending, False
         if pending:
-            function()
+            self.irq.post(self.config_changed)
 
     def disable_config(self) -> None:
         """Keep configuration interrupts until `enable_config`; the function does not run any more when this returns."""

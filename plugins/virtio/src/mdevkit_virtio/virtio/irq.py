@@ -114,7 +114,8 @@ class InterruptThread:
     def _run_posted(self, _events: int) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
-        while self._posted:
+        # Not those that these post: they would keep everybody else from their turn.
+        for _ in range(len(self._posted)):
             function = self._posted.popleft()
             try:
                 function()

@@ -98,7 +98,7 @@ class VirtioNetDriver(VirtioDriver):
     def probe(self, device: VirtioDevice) -> NetEndpoint:
         """Set up queues and netdev, then the socket: errors of `VirtioTransport.find_vqs`, and of a path that cannot be used."""
         mtu = device.read_number(MTU_AT, 2) if device.has(F_MTU) else DEFAULT_MTU
-        netdev = NetDevice(f"eth{device.index}", _read_mac(device), mtu, device.irq)
+        netdev = device.drvdata = NetDevice(f"eth{device.index}", _read_mac(device), mtu, device.irq)
         netdev.set_carrier(_link_is_up(device))
         with ExitStack() as undo:
             undo.callback(_tear_down, device)
@@ -117,8 +117,8 @@ class VirtioNetDriver(VirtioDriver):
         _tear_down(device)
 
     def config_changed(self, device: VirtioDevice) -> None:
-        """Follow the link; a device that needs a reset is broken."""
-        netdev = _endpoint_of(device).netdev
+        """Follow the link; a device that needs a reset is broken. Comes as soon as `probe` is over, before there is an endpoint."""
+        netdev: NetDevice = device.drvdata
         if Status.NEEDS_RESET in device.status:
             netdev.set_carrier(False)
             netdev.shut_down(MdevError(errno.EIO, f"{netdev} is broken: its device needs a reset", netdev))

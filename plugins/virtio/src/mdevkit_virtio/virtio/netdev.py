@@ -20,6 +20,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
@@ -38,6 +39,8 @@ HEADER: Final = 12
 _NUM_BUFFERS_AT: Final = 10
 #: Bytes of a frame that tell flows apart: MAC and IP addresses, ports.
 _FLOW: Final = 42
+#: Frames received from one queue before everything else of the device has its turn (NAPI_POLL_WEIGHT).
+_BUDGET: Final = 64
 
 
 @dataclass
@@ -295,14 +298,22 @@ class NetDevice:
             for index in range(len(self._rx)):
                 self.rx_interrupt(index)
 
-    def _poll(self, queue: _Receive) -> None:
-        """Deliver the frames of a queue until there are none; then, and no sooner, ask for an interrupt (NAPI)."""
+    def _poll(self, index: int) -> None:
+        """Deliver the frames of a queue until there are none; then, and no sooner, ask for an interrupt (NAPI).
+
+        While there are always more, go on after everybody else has had a turn.
+        """
+        queue, budget = self._rx[index], _BUDGET
         queue.queue.disable_signals()
         while not self._held:
             if not queue.collect():
                 queue.queue.enable_signals()
                 if not queue.collect():
                     return
+            if budget <= 0:
+                self.irq.post(partial(self.rx_interrupt, index))
+                return
+            budget -= len(queue.pending)
             if not self._deliver(queue):
                 return
             queue.fill()
@@ -362,7 +373,7 @@ class NetDevice:
         if index >= len(self._rx):
             return
         try:
-            self._poll(self._rx[index])
+            self._poll(index)
         except MdevError as error:
             # A device that writes nonsense breaks its netdev, nothing else.
             log.error("%s is broken: %s", self, error)

@@ -9,7 +9,6 @@ connection, for clients too.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import select
@@ -33,6 +32,8 @@ _LENGTH: Final = struct.Struct(">I")
 MAX_FRAME: Final = 4096 + 65536
 #: Bytes read at once.
 _CHUNK: Final = 1 << 18
+#: Seconds without accepting after the process has run out of descriptors.
+SHORTAGE_PAUSE: Final = 0.1
 #: struct ucred (unix(7)).
 _CREDENTIALS: Final = struct.Struct("=iII")
 
@@ -209,14 +210,31 @@ class StreamServer:
         netdev.irq.watch(self._listener.fileno(), self._accept)
 
     def _accept(self, _events: int) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+        try:
             sock, _ = self._listener.accept()
-            if self._port is not None or self._leaving or self._netdev.port is not None or self._netdev.broken is not None:
-                sock.close()
-                return
-            self._port = StreamPort(self, self._netdev, sock)
-            self._netdev.connect(self._port)
-            log.info("%s: %s is connected", self._netdev, self._port.name)
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            log.warning("%s: nobody can be accepted: %s", self._netdev, error)
+            self._pause()
+            return
+        if self._port is not None or self._leaving or self._netdev.port is not None or self._netdev.broken is not None:
+            sock.close()
+            return
+        self._port = StreamPort(self, self._netdev, sock)
+        self._netdev.connect(self._port)
+        log.info("%s: %s is connected", self._netdev, self._port.name)
+
+    def _pause(self) -> None:
+        """Accept nobody for a while: who waits goes on waiting, and would wake us at once again."""
+        self._netdev.irq.change(self._listener.fileno(), 0)
+        again = threading.Timer(SHORTAGE_PAUSE, self._netdev.irq.post, [self._go_on])
+        again.daemon = True
+        again.start()
+
+    def _go_on(self) -> None:
+        if not self._closed:
+            self._netdev.irq.change(self._listener.fileno(), IN)
 
     def left(self, port: StreamPort) -> None:
         """Note that a port has hung up; for the port."""
@@ -251,10 +269,12 @@ class StreamServer:
         """Hang up on whoever is connected and take the socket away. Closing twice is harmless."""
         self._leaving = True
         self._hang_up()
-        if not self._closed:
+        with self._netdev.irq.paused():
+            if self._closed:
+                return
             self._closed = True
             self._netdev.irq.unwatch(self._listener.fileno())
-            unlink_socket(self._listener, self._identity, self.path)
+        unlink_socket(self._listener, self._identity, self.path)
 
 
 def peer_name(sock: socket.socket) -> str:
