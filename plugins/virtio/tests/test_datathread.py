@@ -145,6 +145,33 @@ def test_without_room_it_sleeps_until_there_is_some(rigs, engine, features, thre
     assert link.mover.counters.dropped == 0
 
 
+def test_too_few_buffers_for_a_frame_let_it_sleep_until_there_are_more(rigs, engine, features, threads):
+    """A frame that needs five buffers finds one: that one is no reason to stay awake, and the driver is to kick for the next."""
+    rig = rigs(engine)
+    tx_ring, tx = rig.pair(16, features, name="tx")
+    rx_ring, rx = rig.pair(16, features, name="rx")
+    for queue in (tx, rx):
+        queue.set_kick(rig.eventfd())
+
+    def post():
+        rx_ring.add([], [Segment(rig.memory.allocate(SIZE), SIZE)], 0)
+        if rx_ring.needs_kick():
+            os.eventfd_write(rx.ring.kick_fd, 1)
+
+    post()
+    tx_ring.add([Segment(rig.place(bytes(12) + b"x" * (4 * SIZE)), 12 + 4 * SIZE)], [], 0)
+    thread = threads(rig.engine, spin_us=0)
+    thread.set_movers([rig.engine.mover(tx.ring, rx.ring, MoveOptions(mergeable=True))])
+    thread.start()
+    _until(lambda: thread.sleeps)
+    before = thread.sleeps
+    time.sleep(0.1)  # what is shown is that nothing happens
+    assert thread.sleeps == before
+    for _ in range(4):
+        post()
+    _until(lambda: rx_ring.collect())
+
+
 def test_a_driver_without_kicks_is_polled(link, threads):
     link.tx.set_kick(-1)
     thread = threads(link.rig.engine, spin_us=0)
@@ -328,7 +355,8 @@ def test_a_stop_that_is_interrupted_leaves_the_thread_asleep(rig, threads, monke
     monkeypatch.setattr(os, "eventfd_write", slow)
     with thread.paused():
         monkeypatch.undo()
-    _until(lambda: thread.sleeps)
+        slept = thread.sleeps
+    _until(lambda: thread.sleeps > slept)
     schedstat = Path(f"/proc/self/task/{thread.native_id}/schedstat")
     before = int(schedstat.read_text().split()[0])
     time.sleep(0.5)  # what is measured is the processor time of a while

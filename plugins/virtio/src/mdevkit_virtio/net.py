@@ -65,7 +65,7 @@ class PyMover:
         self._tx_used: list[Used] = []
         self._rx_used: list[Used] = []
         self._staged: deque[Chain] = deque()
-        self._scan = Cursor(0, True)
+        self._scan = self._ended = Cursor(0, True)
         self._frames = 0
 
     def move(self, limit: int = MAX_BURST) -> int:
@@ -104,6 +104,8 @@ class PyMover:
             self.rx.fault, self.rx.fault_value = Fault.OK, 0
         if self._tx_used:
             self._commit()
+        if self.wait is Wait.FULL and self.rx is not None:
+            self.rx.wait_behind(self._ended)
         return 0 if self.wait is Wait.BROKEN else len(self._tx_used)
 
     def _move_frame(self, chain: Chain) -> bool:
@@ -118,6 +120,7 @@ class PyMover:
             self._count(frames=1, bytes_=length)
             return True
         # Buffers that were looked at are looked up anew.
+        self._ended = self._scan
         self._rx, self._scan = before, before.copy()
         self._staged.clear()
         if outcome is _Outcome.TOO_LARGE:

@@ -138,6 +138,8 @@ class PyRing:
         self.avail = base.avail
         self.used = base.used
         self.avail_wrap = base.avail_wrap
+        #: Behind what is no reason to stay awake: what was taken, or found to be too little (`wait_behind`).
+        self.looked = Cursor(base.avail, base.avail_wrap)
         self.used_wrap = base.used_wrap
         self.inflight = 0
         self._unsignalled = 0
@@ -238,6 +240,11 @@ class PyRing:
         self.avail = cursor.avail
         self.avail_wrap = cursor.wrap
         self.inflight += cursor.taken
+        self.looked = cursor.copy()
+
+    def wait_behind(self, cursor: Cursor) -> None:
+        """Wait for buffers behind the cursor: those before it are there, and too few."""
+        self.looked = cursor.copy()
 
     def breaks(self, error: BrokenError | access.TruncatedError) -> None:
         """Note why the ring is broken."""
@@ -379,7 +386,7 @@ class PySplitRing(PyRing):
 
     def _want_kicks(self) -> None:
         if self._event_idx:
-            self._write(4 + 8 * self.num, self.avail.to_bytes(2, "little"))
+            self._write(4 + 8 * self.num, self.looked.avail.to_bytes(2, "little"))
         else:
             self._write(0, bytes(2))
 
@@ -393,7 +400,7 @@ class PySplitRing(PyRing):
         self._log_ring(self.setup.areas.device, offset, len(data))
 
     def _pending(self) -> bool:
-        return self._avail_index() != self.avail
+        return self._avail_index() != self.looked.avail
 
 
 class PyPackedRing(PyRing):
@@ -487,7 +494,7 @@ class PyPackedRing(PyRing):
 
     def _want_kicks(self) -> None:
         if self._event_idx:
-            access.write(self._device, (self.avail | self.avail_wrap << 15).to_bytes(2, "little"))
+            access.write(self._device, (self.looked.avail | self.looked.wrap << 15).to_bytes(2, "little"))
         self._set_events(Event.DESC if self._event_idx else Event.ENABLE)
 
     def _refuse_kicks(self) -> None:
@@ -498,7 +505,7 @@ class PyPackedRing(PyRing):
         self._log_ring(self.setup.areas.device, 0, 4)
 
     def _pending(self) -> bool:
-        return _is_available(self._flags(self.avail), self.avail_wrap)
+        return _is_available(self._flags(self.looked.avail), self.looked.wrap)
 
 
 def make_ring(setup: RingSetup) -> PyRing:

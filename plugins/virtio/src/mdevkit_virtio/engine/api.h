@@ -5,7 +5,7 @@
  */
 
 /* Bounds: pieces of one chain, buffers and pieces looked up at once, frames of one burst, buffers one frame may be spread over, bytes of one frame. */
-enum { MV_PIECES = 1024, MV_TAKE = 64, MV_TAKE_PIECES = 4096, MV_BURST = 64, MV_MERGE = 1024, MV_FRAME = 69632, MV_AHEAD = 8 };
+enum { MV_PIECES = 1024, MV_TAKE = 64, MV_TAKE_PIECES = 4096, MV_BURST = 64, MV_MERGE = 1024, MV_FRAME = 69632 };
 
 /* Why a ring is broken: layout.Fault. */
 enum {
@@ -40,7 +40,8 @@ typedef struct {
     uint32_t num, hint;              /* descriptors; the region hit last */
     uint8_t packed, event_idx, indirect, in_order, log_ring;
     uint16_t avail, used, seen;      /* next to take, next to give back; the driver's index when last looked at */
-    uint8_t avail_wrap, used_wrap;
+    uint16_t looked;                 /* what lies before it is no reason to stay awake: taken, or too little */
+    uint8_t avail_wrap, used_wrap, looked_wrap;
     uint32_t inflight;               /* slots taken and not given back */
     uint32_t unsignalled;            /* slots given back since the driver's wish was last looked at */
     uint64_t fault, fault_value;

@@ -88,7 +88,8 @@ class NativeRing:
         c.in_order = Feature.IN_ORDER in setup.features
         c.log_ring = setup.log_ring
         c.avail, c.used, c.avail_wrap, c.used_wrap = setup.base
-        c.seen = c.avail
+        c.seen = c.looked = c.avail
+        c.looked_wrap = c.avail_wrap
         c.kick_fd = c.call_fd = -1
 
     @property

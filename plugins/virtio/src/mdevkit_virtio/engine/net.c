@@ -16,25 +16,16 @@ static inline void normalize(place *p) {
         p->offset -= p->piece->length;
 }
 
-/* As memmove, inline for small frames, which are most of the work: two blocks that overlap instead of a call. Both are read
+/* As memmove, inline for the smallest frames, which are most of the work: two blocks that overlap instead of a call. Both are read
  * before either is written, for a hostile driver may let the two ranges overlap. */
-typedef uint8_t block32 __attribute__((vector_size(32), aligned(1), may_alias));
-typedef struct { block32 a, b; } block64;
-
-#define TWO_BLOCKS(type)                                                                               \
-    do {                                                                                               \
-        const type head = *(const type *)from, tail = *(const type *)(from + n - sizeof(type));        \
-        *(type *)to = head;                                                                            \
-        *(type *)(to + n - sizeof(type)) = tail;                                                       \
-    } while (0)
+typedef uint8_t block __attribute__((vector_size(32), aligned(1), may_alias));
 
 static inline void copy_bytes(uint8_t *to, const uint8_t *from, uint64_t n) {
-    if (n > 128 || n < 32)
-        memmove(to, from, n);
-    else if (n > 64)
-        TWO_BLOCKS(block64);
-    else
-        TWO_BLOCKS(block32);
+    if (n < sizeof(block) || n > 2 * sizeof(block))
+        return (void)memmove(to, from, n);
+    const block head = *(const block *)from, tail = *(const block *)(from + n - sizeof(block));
+    *(block *)to = head;
+    *(block *)(to + n - sizeof(block)) = tail;
 }
 
 /* Both places have room for `n`. */
@@ -81,11 +72,11 @@ static bool log_pieces(mv_queue *q, const mv_log *log, place at, uint64_t length
 }
 
 /* What becomes of a frame, besides the reasons a burst ends for: MV_MORE if it is moved. */
-enum { TOO_LARGE = 100, FETCH = 512 };
+enum { TOO_LARGE = 100, FETCH = 512, CLAIM = 256 };
 
 /* A burst: how many slots it uses up, how far receive buffers are looked up, the pieces of the next one, how many frames
  * there are still, and how long the next is. */
-typedef struct { mv_cursor scan; uint32_t tx_slots, rx_slots, frames, ahead; const mv_piece *pieces; } bursting;
+typedef struct { mv_cursor scan, ended; uint32_t tx_slots, rx_slots, frames, ahead; const mv_piece *pieces; } bursting;
 
 /* Fetches the next frame, or where it goes, while this one is copied. Behind the last there is an old address or none, which harms
  * nobody; so it is a number and no pointer. */
@@ -95,68 +86,85 @@ static inline void prefetch(uintptr_t at, uint32_t length, bool writing) {
 }
 
 /* Drivers fetch the beginning of a frame that comes, so the line has to be taken from them before the next can be written there.
- * A store does that, which changes nothing; many in a row do it at once. A prefetch would be content with a shared line. */
+ * A store does that, which changes nothing; many in a row do it at once. A prefetch would be content with a shared line. The copy
+ * of a large frame has other lines to go on with meanwhile, and is faster without. */
 static void claim_buffers(const mv_mover *m) {
     const mv_piece *piece = m->rx_pieces;
-    for (uint32_t i = 0; i < m->staged; piece += m->rx_chains[i++].pieces) {
-        volatile uint8_t *start = piece->host;
-        if (!m->rx_chains[i].readable_pieces && m->rx_chains[i].writable && piece->length > m->rx_header)
-            start[m->rx_header] = start[m->rx_header];
-    }
+    for (const mv_chain *chain = m->rx_chains; chain < m->rx_chains + m->staged; piece += chain++->pieces)
+        if (!chain->readable_pieces && chain->writable && piece->length > m->rx_header)
+            *(volatile uint8_t *)&piece->host[m->rx_header] = piece->host[m->rx_header];
 }
 
-/* The next receive buffer; many are looked up together. */
-static inline const mv_chain *next_buffer(mv_mover *m, bursting *b) {
+/* The next receive buffer, for `length` bytes, which it stays until it is used; many are looked up together. */
+static inline const mv_chain *next_buffer(mv_mover *m, bursting *b, uint32_t length) {
     if (m->next == m->staged) {
         m->staged = take(m->rx, &b->scan, b->frames, m->rx_chains, m->rx_pieces);
         m->next = 0;
         b->pieces = m->rx_pieces;
-        claim_buffers(m);
+        if (length <= CLAIM)
+            claim_buffers(m);
         if (!m->staged)
             return NULL;
     }
-    const mv_chain *chain = &m->rx_chains[m->next++];
-    const uintptr_t next = (uintptr_t)b->pieces[chain->pieces].host;
+    const mv_chain *chain = &m->rx_chains[m->next];
+    const uintptr_t behind = (uintptr_t)b->pieces[chain->pieces].host;
     /* The header is read: mostly it is as it should be already, and then the driver keeps its copy of that line. */
-    __builtin_prefetch((void *)next);
-    prefetch(next + m->rx_header, b->ahead, true);
+    __builtin_prefetch((void *)behind);
+    prefetch(behind + m->rx_header, b->ahead, true);
     return chain;
 }
 
+static inline void use_buffer(mv_mover *m, bursting *b, const mv_chain *chain) {
+    m->next++, b->pieces += chain->pieces, b->rx_slots += chain->slots;
+}
+
 /* Writes `length` bytes from `from`, behind a header, into receive buffers; their used entries go to the end of rx_used. */
-static inline uint32_t deliver(mv_mover *m, bursting *b, place from, uint32_t length, const uint8_t *header) {
+static uint32_t deliver_scattered(mv_mover *m, bursting *b, place from, uint32_t length, const uint8_t *header) {
     mv_queue *rx = m->rx;
     uint32_t most = rx->num < MV_MERGE ? rx->num : MV_MERGE, buffers = 0, left = length;
     mv_used *used = m->rx_used + m->rx_count;
     do {
         if (unlikely(buffers == most))
             return TOO_LARGE;
-        const mv_chain *chain = next_buffer(m, b);
+        const mv_chain *chain = next_buffer(m, b, left);
         if (unlikely(!chain))
             return rx->fault ? MV_BROKEN : MV_FULL;
-        const place start = {b->pieces + chain->readable_pieces, 0};
+        place start = {b->pieces + chain->readable_pieces, 0}, to = start;
         uint32_t before = buffers ? 0 : m->rx_header, room = chain->writable - before, part = room < left ? room : left;
-        place to = start;
-        b->pieces += chain->pieces;
         if (unlikely(chain->writable < before))
             return broken(rx, MV_BUFFER, chain->writable), MV_BROKEN;
         if (unlikely(!m->mergeable && room < left))
             return TOO_LARGE;
-        if (unlikely(!buffers && room < left))
-            memcpy(m->header_pieces, start.piece, sizeof m->header_pieces);
         if (!buffers)
-            write_header(&to, header, before);
+            memcpy(m->header_pieces, start.piece, sizeof m->header_pieces), write_header(&to, header, before);
         copy_frame(&to, &from, part);
         if (unlikely(rx->log) && !log_pieces(rx, rx->log, start, before + part))
             return MV_BROKEN;
         used[buffers++] = (mv_used){chain->id, before + part, chain->slots};
-        b->rx_slots += chain->slots;
+        use_buffer(m, b, chain);
         left -= part;
     } while (left);
     m->rx_count += buffers;
     /* The number of buffers is known when all are filled. */
     if (unlikely(buffers > 1 && m->rx_header > NUM_BUFFERS_AT))
         put_bytes(&(place){m->header_pieces, NUM_BUFFERS_AT}, &(uint16_t){(uint16_t)buffers}, 2);
+    return MV_MORE;
+}
+
+/* The same for a transmit buffer. Mostly it is one piece that goes into one, and that takes few steps. */
+static inline uint32_t deliver(mv_mover *m, bursting *b, const mv_chain *from, const mv_piece *at, uint32_t length,
+                               const uint8_t *header) {
+    const mv_chain *chain = next_buffer(m, b, length);
+    if (unlikely(!chain))
+        return m->rx->fault ? MV_BROKEN : MV_FULL;
+    const uint64_t written = (uint64_t)m->rx_header + length;
+    if (unlikely(from->pieces != 1 || chain->pieces != 1 || chain->writable < written || m->rx->log))
+        return deliver_scattered(m, b, (place){at, m->tx_header}, length, header);
+    place to = {b->pieces, 0};
+    write_header(&to, header, m->rx_header);
+    copy_bytes(to.piece->host + m->rx_header, at->host + m->tx_header, length);
+    m->rx_used[m->rx_count++] = (mv_used){chain->id, (uint32_t)written, chain->slots};
+    use_buffer(m, b, chain);
     return MV_MORE;
 }
 
@@ -169,13 +177,11 @@ static inline bool move_frame(mv_mover *m, bursting *b, const mv_chain *chain, c
     }
     uint32_t length = chain->readable - m->tx_header;
     const uint32_t before = b->rx_slots;
-    uint32_t result = m->rx ? MV_MORE : MV_FULL;
-    if (unlikely(length > MV_FRAME)) {
-        result = TOO_LARGE;
-    } else if (m->rx) {
+    uint32_t result = unlikely(length > MV_FRAME) ? TOO_LARGE : m->rx ? MV_MORE : MV_FULL;
+    if (likely(result == MV_MORE)) {
         if (m->keep_header)
             get_bytes((place){pieces, 0}, header, NUM_BUFFERS_AT);
-        result = deliver(m, b, (place){pieces, m->tx_header}, length, header);
+        result = deliver(m, b, chain, pieces, length, header);
     }
     if (likely(result == MV_MORE)) {
         m->done.frames++;
@@ -183,6 +189,7 @@ static inline bool move_frame(mv_mover *m, bursting *b, const mv_chain *chain, c
         return true;
     }
     /* Buffers that were looked at are looked up anew. */
+    b->ended = b->scan;
     if (m->rx)
         b->scan = cursor_of(m->rx), step(m->rx, &b->scan, b->rx_slots = before);
     m->staged = m->next = 0;
@@ -216,19 +223,19 @@ static void burst(mv_mover *m, uint32_t limit) {
         b.tx_slots += chain->slots;
         m->tx_used[m->tx_count++] = (mv_used){chain->id, 0, chain->slots};
     }
-    if (!m->tx_count)
-        return;
-    if (m->wait == MV_BROKEN) {
-        /* A fault met after good frames is left for the next burst, which meets it first. */
-        m->wait = MV_MORE;
-        broken(m->rx, MV_OK, 0);
+    if (m->tx_count) {
+        if (m->wait == MV_BROKEN) /* after good frames, it is left for the next burst, which meets it first */
+            m->wait = MV_MORE, broken(m->rx, MV_OK, 0);
+        if (m->rx_count)
+            give_back(m, m->rx, b.rx_slots, m->rx_used, m->rx_count);
+        give_back(m, m->tx, b.tx_slots, m->tx_used, m->tx_count);
+        full_fence();
+        m->signal_rx = m->rx && m->rx_count && mv_wants_signal(m->rx);
+        m->signal_tx = mv_wants_signal(m->tx);
     }
-    if (m->rx_count)
-        give_back(m, m->rx, b.rx_slots, m->rx_used, m->rx_count);
-    give_back(m, m->tx, b.tx_slots, m->tx_used, m->tx_count);
-    full_fence();
-    m->signal_rx = m->rx && m->rx_count && mv_wants_signal(m->rx);
-    m->signal_tx = mv_wants_signal(m->tx);
+    /* The receive buffers there are, and are too few, are no reason to stay awake. */
+    if (m->wait == MV_FULL && m->rx)
+        m->rx->looked = b.ended.avail, m->rx->looked_wrap = b.ended.wrap;
 }
 
 /* Whose memory it was that went away; a queue pair of one device shares its memory. */

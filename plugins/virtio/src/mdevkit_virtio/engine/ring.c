@@ -13,10 +13,9 @@ static const mv_region *find_region(mv_queue *q, uint64_t guest) {
     uint32_t low = 0, high = m->count;
     while (low < high) {
         uint32_t middle = low + (high - low) / 2;
-        if (m->regions[middle].guest <= guest)
-            low = middle + 1;
-        else
-            high = middle;
+        bool below = m->regions[middle].guest <= guest;
+        low = below ? middle + 1 : low;
+        high = below ? high : middle;
     }
     if (low == 0 || guest - m->regions[low - 1].guest >= m->regions[low - 1].size)
         return NULL;
@@ -121,8 +120,6 @@ static inline int next_split(mv_queue *q, const mv_cursor *c, mv_chain *chain, m
     uint16_t head = load16(avail_entry(q, c->avail));
     if (unlikely(head >= q->num))
         return broken(q, MV_HEAD, head);
-    /* A hint, not a read: what is there is not used. */
-    __builtin_prefetch(q->desc + 16 * (size_t)(load16(avail_entry(q, c->avail + MV_AHEAD)) & (q->num - 1)));
     split_desc d;
     snapshot(&d, q->desc + 16 * (size_t)head);
     if (!single(q, chain, pieces, d.addr, d.len, d.flags) && walk_split(q, chain, pieces, head, d) < 0)
@@ -170,7 +167,6 @@ static inline int next_packed(mv_queue *q, const mv_cursor *c, mv_chain *chain, 
     uint16_t flags = acquire16(at + 14);
     if (!packed_available(flags, c->wrap))
         return 0;
-    __builtin_prefetch(at + 16 * MV_AHEAD);
     packed_desc d;
     snapshot(&d, at);
     d.flags = flags; /* the flags that said "available" are the ones that count; they are not read again */
@@ -298,9 +294,8 @@ static bool mv_wants_signal(mv_queue *q) {
 /* ---- kicks -------------------------------------------------------------------------------------------------------- */
 
 static bool pending(mv_queue *q) {
-    if (q->packed)
-        return packed_available(acquire16(packed_entry(q, q->avail) + 14), q->avail_wrap);
-    return acquire16(q->driver + 2) != q->avail;
+    return q->packed ? packed_available(acquire16(packed_entry(q, q->looked) + 14), q->looked_wrap)
+                     : acquire16(q->driver + 2) != q->looked;
 }
 
 static bool set_wish(mv_queue *q, bool wanted) {
@@ -309,10 +304,10 @@ static bool set_wish(mv_queue *q, bool wanted) {
         return false; /* the event index is left behind */
     if (q->packed) {
         if (wanted && q->event_idx)
-            store16(at, q->avail | (uint16_t)(q->avail_wrap << 15));
+            store16(at, q->looked | (uint16_t)(q->looked_wrap << 15));
         release16(at + 2, !wanted ? EVENT_DISABLE : q->event_idx ? EVENT_DESC : EVENT_ENABLE);
     } else if (q->event_idx) {
-        store16(at = used_entry(q, 0) + 8 * (size_t)q->num, q->avail); /* avail_event: 2.7.9 */
+        store16(at = used_entry(q, 0) + 8 * (size_t)q->num, q->looked); /* avail_event: 2.7.9 */
     } else {
         store16(at, wanted ? 0 : NO_NOTIFY);
     }
@@ -354,10 +349,7 @@ int mv_take(mv_queue *q, uint32_t limit, mv_chain *chains, mv_piece *pieces) {
     int count = 0;
     enter(q);
     GUARDED(count = (int)take(q, &c, limit, chains, pieces), broken(q, MV_MEMORY, 0));
-    if (q->fault)
-        return 0;
-    commit(q, c.taken);
-    return count;
+    return q->fault ? 0 : (commit(q, c.taken), count);
 }
 
 int mv_complete(mv_queue *q, const mv_used *used, uint32_t count) {

@@ -66,6 +66,7 @@ static inline void step(const mv_queue *q, mv_cursor *c, uint32_t slots) {
 static inline void commit(mv_queue *q, uint32_t slots) {
     q->inflight += slots;
     move_on(q, &q->avail, &q->avail_wrap, slots);
+    q->looked = q->avail, q->looked_wrap = q->avail_wrap;
 }
 
 /* The bits of a packed descriptor's flags say whose it is: 2.8.1. */
