@@ -358,6 +358,11 @@ def test_a_stop_that_is_interrupted_leaves_the_thread_asleep(rig, threads, monke
         slept = thread.sleeps
     _until(lambda: thread.sleeps > slept)
     schedstat = Path(f"/proc/self/task/{thread.native_id}/schedstat")
-    before = int(schedstat.read_text().split()[0])
-    time.sleep(0.5)  # what is measured is the processor time of a while
-    assert int(schedstat.read_text().split()[0]) - before < 50_000_000
+
+    def used():
+        before = int(schedstat.read_text().split()[0])
+        time.sleep(0.5)  # what is measured is the processor time of a while
+        return int(schedstat.read_text().split()[0]) - before
+
+    # A kick from before the pause may wake it once more, for one round of polling.
+    assert min(used(), used()) < 50_000_000
