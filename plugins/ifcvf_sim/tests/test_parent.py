@@ -202,3 +202,18 @@ def test_whole_functions_reach_one_another_through_the_switch(registry, tmp_path
     finally:
         first.client.close()
         second.client.close()
+
+
+def test_a_suspended_function_stands_still_and_loses_nothing(registry, driver):
+    driver.start()
+    mdev = registry.mdevs[0]
+    registry.suspend(mdev.uuid)
+    frame = bytes(12) + b"\x02\0\0\0\0\x01" * 2 + b"\x88\xb5" + b"frame" * 20
+    driver.memory.data[0x80000 : 0x80000 + len(frame)] = frame
+    driver.offer(RX, MEMORY + 0x90000, 2048, 2)
+    driver.offer(TX, MEMORY + 0x80000, len(frame), 0)
+    assert driver.vectors[1 + RX].wait(0.2) == 0
+    assert (driver.get("device_status"), driver.get("queue_enable")) == (15, 1)
+    registry.resume(mdev.uuid)
+    assert driver.vectors[1 + RX].wait(SECOND)
+    assert driver.memory.data[0x90000 + 12 : 0x90000 + len(frame)] == frame[12:]

@@ -49,6 +49,8 @@ class Function:
         self._vectors: dict[int, Callback] = {}
         self._features = [0, 0]
         self._queues: list[QueueRegs] = []
+        #: Suspended: see `hold`.
+        self._held = False
         #: The rings' generation that reads as 0.
         self._generation = 0
         self._clear()
@@ -188,12 +190,23 @@ class Function:
             self.rings.set_vq_address(index, *queue.areas)
             self.rings.set_vq_state(index, queue.state & 0xFFFF)
             self._wire_queue(index, queue)
-            self.rings.set_vq_ready(index, True)
+            self.rings.set_vq_ready(index, not self._held)
             queue.enabled = True
         elif not enable and queue.enabled:
             self.rings.set_vq_ready(index, False)
             queue.state = self._ring_state(index)
             queue.enabled = False
+
+    def hold(self, held: bool) -> None:
+        """Let no ring move, or go on; what the registers say stays, and may change meanwhile."""
+        self._held = held
+        for index, queue in enumerate(self._queues):
+            try:
+                if queue.enabled:
+                    self.rings.set_vq_ready(index, not held)
+            except MdevError as error:  # enabled meanwhile, where no ring can be
+                log.info("queue %d does not go on: %s", index, error)
+                queue.enabled = False
 
     def reset(self) -> None:
         """Put everything back to power-on."""

@@ -92,6 +92,16 @@ class PciFunction(PciDevice):
         self.function.reset()
         self._isr = 0
 
+    def suspend(self) -> None:
+        """See `mdevkit_vfio.ops.PowerManaged`: no ring moves; the registers answer."""
+        with self.lock:
+            self.function.hold(True)
+
+    def resume(self) -> None:
+        """See `mdevkit_vfio.ops.PowerManaged`."""
+        with self.lock:
+            self.function.hold(False)
+
     def device_checkpoint(self) -> bytes | None:
         """See `PciDevice.device_checkpoint`: rings in the guest's memory do not go on in another process."""
         return None

@@ -18,7 +18,7 @@ from mdevkit.hookspecs import hookimpl
 from mdevkit.paths import runtime_dir
 
 from mdevkit_vfio.bus import VfioBus, VfioMdev
-from mdevkit_vfio.ops import SharedMemory
+from mdevkit_vfio.ops import PowerManaged, SharedMemory
 from mdevkit_vfio.server import Throttle, VfioUserServer
 from mdevkit_vfio.transport import VARIABLE, Fronts, ParkedServer, Transport, can_be_parked
 
@@ -103,6 +103,20 @@ class VfioMdevDriver(Driver):
     def driver_let_go(self, device: Device, timeout: float, force: bool) -> None:
         """See `DriverSpec.driver_let_go`: the client is asked through the REQ interrupt."""
         self._server(device).let_go(timeout, force)
+
+    @hookimpl
+    def driver_suspend(self, device: Device) -> None:
+        """Have a device that does something by itself stand still: `PowerManaged`. Its client stays, and is answered."""
+        ops = VfioMdev.from_device(device).get_ops()
+        if isinstance(ops, PowerManaged):
+            ops.suspend()
+
+    @hookimpl
+    def driver_resume(self, device: Device) -> None:
+        """Have it go on."""
+        ops = VfioMdev.from_device(device).get_ops()
+        if isinstance(ops, PowerManaged):
+            ops.resume()
 
     @staticmethod
     def _server(device: Device) -> Transport:

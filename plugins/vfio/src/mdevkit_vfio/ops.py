@@ -234,6 +234,22 @@ class SharedMemory(Protocol):
     shared_memory: bool
 
 
+@runtime_checkable
+class PowerManaged(Protocol):
+    """What `VfioOps` may implement besides, for a device that does something by itself: without it only its client moves it.
+
+    Called from any thread, in turn; accesses of the client come meanwhile, and are answered.
+    """
+
+    def suspend(self) -> None:
+        """Stand still; raising refuses."""
+        ...
+
+    def resume(self) -> None:
+        """Go on where it stood."""
+        ...
+
+
 @dataclass
 class Client:
     """Who uses a device: process id and name as the kernel tells (SO_PEERCRED), for messages."""

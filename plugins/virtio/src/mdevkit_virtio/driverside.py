@@ -13,6 +13,7 @@ import fcntl
 import mmap
 import os
 import struct
+import weakref
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
@@ -28,12 +29,13 @@ _SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 class GuestMemory:
     """Memory a device may be given: a sealed memfd, and an allocator that only goes forward.
 
-    Address 0 of the guest is byte `offset` of the file. The caller closes it when no device uses it any more.
+    Address 0 of the guest is byte 0 of the file. The descriptor is closed with the last reference, or by `close`.
     """
 
     def __init__(self, size: int, *, sealed: bool = True, name: str = "guest") -> None:
         self.size: Final = size
         self.fd: Final = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._give_back: Final = weakref.finalize(self, os.close, self.fd)
         os.ftruncate(self.fd, size)
         if sealed:
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
@@ -56,7 +58,7 @@ class GuestMemory:
 
     def close(self) -> None:
         """Close the descriptor; the mapping goes away with its last view."""
-        os.close(self.fd)
+        self._give_back()
 
 
 class Segment(NamedTuple):

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import mmap
 import os
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -62,6 +63,7 @@ class PageLog:
         #: Bytes; whole 64-bit words, as QEMU's are.
         self.size: Final = -(-pages // 64) * 8
         self.fd: Final = os.memfd_create("dirty-log", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._give_back: Final = weakref.finalize(self, os.close, self.fd)
         os.ftruncate(self.fd, self.size)
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
         self._map: Final = mmap.mmap(self.fd, self.size)
@@ -82,9 +84,9 @@ class PageLog:
         return found
 
     def close(self) -> None:
-        """Give it back; the backend keeps what it was given."""
+        """Give it back, as forgetting it does; the backend keeps what it was given."""
         self._map.close()
-        os.close(self.fd)
+        self._give_back()
 
 
 def pages_of(ranges: Iterable[tuple[int, int]]) -> set[int]:
