@@ -8,6 +8,7 @@ import pty
 import random
 import re
 import select
+import signal
 import stat
 import subprocess
 import sys
@@ -22,6 +23,12 @@ from tests.services import Running, wait_until
 
 Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow: pip install -r requirements-dev.txt")
 MDEVKIT = Path(sys.executable).with_name("mdevkit")
+#: What starts a program that can be interrupted, also where these tests run in the background of a shell, which ignores SIGINT.
+HEEDS_INTERRUPTS = (
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",
+)
 UUID = "6a2f9f7c-1c1b-4a58-9c67-6a6d6ff1a00d"
 GRADIENT = b"".join(bytes([row * 255 // 480]) * 640 * 3 for row in range(480))
 
@@ -115,7 +122,7 @@ def test_a_display_survives_the_death_of_its_host(service, tmp_path):
 def test_watch_writes_the_latest(service, run, tmp_path):
     facts = run("mbochs-small")
     file = tmp_path / "shot.png"
-    command = [MDEVKIT, "screenshot", UUID, str(file), "--watch", "--interval", "0.02"]
+    command = [*HEEDS_INTERRUPTS, str(MDEVKIT), "screenshot", UUID, str(file), "--watch", "--interval", "0.02"]
     with subprocess.Popen(command, env=service.environment, stderr=subprocess.PIPE, text=True) as watch:
         try:
             with VfioUserClient.connect(facts["socket"]) as client:
@@ -125,8 +132,10 @@ def test_watch_writes_the_latest(service, run, tmp_path):
                 written = file.stat().st_mtime_ns
                 time.sleep(0.2)  # ten looks at a picture that does not change
                 assert file.stat().st_mtime_ns == written
-        finally:
-            watch.send_signal(2)
+        except BaseException:
+            watch.kill()
+            raise
+        watch.send_signal(signal.SIGINT)
         assert watch.wait(10) == 130
 
 
