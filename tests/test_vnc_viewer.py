@@ -27,8 +27,8 @@ Look = Callable[..., Any]
 
 
 @pytest.fixture
-def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+def registry(runtime_folder: Path) -> Iterator[Registry]:
+    del runtime_folder  # the devices' sockets and screens are there
     with Registry.discover() as registry:
         yield registry
 

@@ -69,16 +69,15 @@ class Guest:
 
 
 @pytest.fixture
-def registry(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+def registry(runtime_folder):
     with Registry([VfioBus(), VfioMdevDriver(), SubfunctionParent()]) as registry:
         yield registry
 
 
 @pytest.fixture
-def pair(registry, tmp_path):
+def pair(registry, runtime_folder):
     mdevs = [
-        registry.create("subfunction-mdev", endpoint_path=str(tmp_path / name), params={"hw_addr": f"02:00:00:00:00:{name}"})
+        registry.create("subfunction-mdev", endpoint_path=str(runtime_folder / name), params={"hw_addr": f"02:00:00:00:00:{name}"})
         for name in ("0a", "0b")
     ]
     guests = [Guest(mdev) for mdev in mdevs]

@@ -35,9 +35,8 @@ class Cards(ParentOps):
 
 
 @pytest.fixture
-def registry(loopback, later, tmp_path, monkeypatch):
+def registry(runtime_folder, loopback, later):
     """A registry with the parent ``cards``; ``registry.make`` makes its devices' ops."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     cards = Cards(loopback)
     registry = Registry([cards, VirtioMdevBus(), VhostMdevDriver()])
     later(lambda: registry.__exit__(None, None, None))
@@ -47,11 +46,11 @@ def registry(loopback, later, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def create(registry, tmp_path):
-    """Creates a device at a socket in the test's folder."""
+def create(registry, runtime_folder):
+    """Creates a device at a socket in the test's runtime folder."""
 
     def make(path="card.sock", type_="cards-vhost", **more):
-        return registry.create(type_, endpoint_path=str(tmp_path / path), **more)
+        return registry.create(type_, endpoint_path=str(runtime_folder / path), **more)
 
     return make
 
@@ -79,9 +78,9 @@ def test_a_device_is_bound_and_served(registry, create, connect):
     assert not path.exists()
 
 
-def test_the_socket_is_in_the_runtime_folder_by_default(registry, tmp_path):
+def test_the_socket_is_in_the_runtime_folder_by_default(registry, runtime_folder):
     mdev = registry.create("cards-vhost")
-    assert mdev.endpoint.describe()["socket"] == str(tmp_path / "mdevkit" / f"{mdev.name}.sock")
+    assert mdev.endpoint.describe()["socket"] == str(runtime_folder / "mdevkit" / f"{mdev.name}.sock")
 
 
 def test_a_device_of_the_other_class_is_taken_by_override(registry, create, connect):
