@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import site
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from mdevkit.client import Client
@@ -178,3 +180,29 @@ class Running:
             for path in self.runtime.rglob("*")
             if not path.is_dir() and path.suffix != ".log" and path.name not in stay
         )
+
+
+@contextmanager
+def private_service(plugins):
+    """A service with these plugins, not started yet; its runtime folder has a short name, since sockets live in it."""
+    with tempfile.TemporaryDirectory(prefix="mdk") as folder:
+        running = Running(Path(folder), Path(folder))
+        running.environment |= {"MDEVKIT_PLUGINS": plugins, "TERM": "dumb"}
+        try:
+            yield running
+        finally:
+            running.clean_up()
+
+
+@contextmanager
+def foreground(service, uuid):
+    """Lends a function that starts a device with ``mdevkit run`` and returns the process and the device's facts."""
+    with ExitStack() as stack:
+
+        def start(*words):
+            command = [Path(sys.executable).with_name("mdevkit"), "run", *words, "--uuid", uuid, "--json"]
+            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=service.environment))
+            stack.callback(process.kill)
+            return process, json.loads("".join(iter(process.stdout.readline, "}\n")) + "}")
+
+        yield start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pty
 import select
@@ -10,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import termios
 import time
 from pathlib import Path
@@ -18,7 +16,7 @@ from pathlib import Path
 import pytest
 from mdevkit_vfio.client import VfioUserClient
 
-from tests.services import Running, wait_until
+from tests.services import foreground, private_service, wait_until
 
 MDEVKIT = Path(sys.executable).with_name("mdevkit")
 UUID = "6a2f9f7c-1c1b-4a58-9c67-6a6d6ff1a00c"
@@ -26,31 +24,16 @@ DATA, MCR, LSR = 0, 4, 5
 
 
 @pytest.fixture
-def service(tmp_path):
-    """A private runtime folder, short since sockets live in it, and a service that is not started yet."""
-    with tempfile.TemporaryDirectory(prefix="mdk") as folder:
-        running = Running(Path(folder), tmp_path)
-        running.environment |= {"MDEVKIT_PLUGINS": "mdevkit-mtty,mdevkit-vfio", "TERM": "dumb"}
+def service():
+    with private_service("mdevkit-mtty,mdevkit-vfio") as running:
         yield running
-        running.clean_up()
 
 
 @pytest.fixture
 def run(service):
-    """Starts a device in the foreground and returns its facts."""
-    started = []
-
-    def start(*words):
-        command = [MDEVKIT, "run", *words, "--uuid", UUID, "--json"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=service.environment)
-        started.append(process)
-        lines = iter(process.stdout.readline, "}\n")
-        return process, json.loads("".join(lines) + "}")
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    """Starts a device in the foreground and returns its process and facts."""
+    with foreground(service, UUID) as start:
+        yield start
 
 
 @pytest.fixture

@@ -12,20 +12,16 @@ from contextlib import ExitStack
 import pytest
 
 from tests.guests.network import Card, boot
-from tests.services import Running
+from tests.services import private_service
 
 PLUGINS = "mdevkit-ifcvf-sim,mdevkit-vfio,mdevkit-virtio"
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("s")
-    folder.chmod(0o700)
-    running = Running(folder, folder)
-    running.environment["MDEVKIT_PLUGINS"] = PLUGINS
-    running.start()
-    yield running
-    running.clean_up()
+def service():
+    with private_service(PLUGINS) as running:
+        running.start()
+        yield running
 
 
 @pytest.fixture(scope="module")

@@ -12,21 +12,17 @@ from contextlib import ExitStack
 import pytest
 
 from tests.guests.network import Card, boot
-from tests.services import Running
+from tests.services import private_service
 
 PLUGINS = "mdevkit-mvnet,mdevkit-subfunction,mdevkit-vfio,mdevkit-virtio,mdevkit-vdev"
 CARD = "0000:06:00.0"
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("s")
-    folder.chmod(0o700)
-    running = Running(folder, folder)
-    running.environment["MDEVKIT_PLUGINS"] = PLUGINS
-    running.start()
-    yield running
-    running.clean_up()
+def service():
+    with private_service(PLUGINS) as running:
+        running.start()
+        yield running
 
 
 @pytest.fixture

@@ -11,16 +11,14 @@ import random
 import re
 import socket
 import sys
-import tempfile
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.guests import Guest
 from tests.guests.serial import EXCHANGE, ports_at_boot
-from tests.services import Running, wait_until
+from tests.services import private_service, wait_until
 from tests.survivor import PATIENCE, PLUGINS, Survivor
 
 SIZE = 24 * 1024
@@ -35,17 +33,14 @@ LIMIT = 160
 
 
 @pytest.fixture
-def service(tmp_path):
+def service():
     """A service, which is started, and of which nothing is left in the end."""
-    with tempfile.TemporaryDirectory(prefix="mdk") as folder:
-        running = Running(Path(folder), tmp_path)
-        running.environment["MDEVKIT_PLUGINS"] = PLUGINS
+    with private_service(PLUGINS) as running:
         running.start()
         yield running
         if running.process.poll() is None:
             stopped = running.mdevkit("service", "stop", "--remove", "--force")
             assert (stopped.returncode, running.hosts(), running.files()) == (0, {}, []), stopped.stderr
-        running.clean_up()
 
 
 def _check_calm(guest):

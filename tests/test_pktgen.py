@@ -9,12 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
-from tests.services import Running, wait_until
+from tests.services import foreground, private_service, wait_until
 
 MDEVKIT = Path(sys.executable).with_name("mdevkit")
 UUID = "6a2f9f7c-1c1b-4a58-9c67-6a6d6ff1a0cc"
@@ -22,30 +21,16 @@ PACKAGES = "mdevkit-mvnet,mdevkit-virtio,mdevkit-mtty,mdevkit-vfio,mdevkit-servi
 
 
 @pytest.fixture
-def service(tmp_path):
-    """A private runtime folder, short since sockets live in it, and a service that is not started yet."""
-    with tempfile.TemporaryDirectory(prefix="mdk") as folder:
-        running = Running(Path(folder), tmp_path)
-        running.environment |= {"MDEVKIT_PLUGINS": PACKAGES, "TERM": "dumb"}
+def service():
+    with private_service(PACKAGES) as running:
         yield running
-        running.clean_up()
 
 
 @pytest.fixture
 def run(service):
     """Starts a device in the foreground and returns its facts."""
-    started = []
-
-    def start(type_id):
-        command = [MDEVKIT, "run", type_id, "--uuid", UUID, "--json"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=service.environment)
-        started.append(process)
-        return json.loads("".join(iter(process.stdout.readline, "}\n")) + "}")
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    with foreground(service, UUID) as start:
+        yield lambda *words: start(*words)[1]
 
 
 def generate(service, *words):

@@ -12,7 +12,7 @@ import sys
 import pytest
 from mdevkit.errors import MdevError
 
-from tests.services import Running, wait_until
+from tests.services import private_service, wait_until
 
 CARD = "0000:06:00.0"
 UUID = "5ffd5757-0000-4000-8000-0000000000{:02}"
@@ -24,14 +24,10 @@ PLACE = {
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("s")
-    folder.chmod(0o700)
-    running = Running(folder, folder)
-    running.environment["MDEVKIT_PLUGINS"] = "mdevkit-subfunction,mdevkit-vfio,mdevkit-virtio,mdevkit-vdev"
-    running.start()
-    yield running
-    running.clean_up()
+def running():
+    with private_service("mdevkit-subfunction,mdevkit-vfio,mdevkit-virtio,mdevkit-vdev") as running:
+        running.start()
+        yield running
 
 
 @pytest.fixture

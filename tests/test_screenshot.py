@@ -12,14 +12,13 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from mdevkit_vfio.client import VfioUserClient
 
-from tests.services import Running, wait_until
+from tests.services import foreground, private_service, wait_until
 
 Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow: pip install -r requirements-dev.txt")
 MDEVKIT = Path(sys.executable).with_name("mdevkit")
@@ -34,30 +33,16 @@ GRADIENT = b"".join(bytes([row * 255 // 480]) * 640 * 3 for row in range(480))
 
 
 @pytest.fixture
-def service(tmp_path):
-    """A private runtime folder, short since sockets live in it, and a service that is not started yet."""
-    with tempfile.TemporaryDirectory(prefix="mdk") as folder:
-        running = Running(Path(folder), tmp_path)
-        running.environment |= {"MDEVKIT_PLUGINS": "mdevkit-mtty,mdevkit-mbochs,mdevkit-vfio", "TERM": "dumb"}
+def service():
+    with private_service("mdevkit-mtty,mdevkit-mbochs,mdevkit-vfio") as running:
         yield running
-        running.clean_up()
 
 
 @pytest.fixture
 def run(service):
     """Starts a device in the foreground and returns its facts."""
-    started = []
-
-    def start(*words):
-        command = [MDEVKIT, "run", *words, "--uuid", UUID, "--json"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=service.environment)
-        started.append(process)
-        return json.loads("".join(iter(process.stdout.readline, "}\n")) + "}")
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    with foreground(service, UUID) as start:
+        yield lambda *words: start(*words)[1]
 
 
 def pixels(file):

@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import termios
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +20,7 @@ import pytest
 from mdevkit.errors import MdevError
 from mdevkit_vfio.client import VfioUserClient
 
-from tests.services import PARENTS, Running, alive, wait_until
+from tests.services import alive, private_service, wait_until
 from tests.survivor import PATIENCE, Survivor
 
 MDEVKIT = Path(sys.executable).with_name("mdevkit")
@@ -31,17 +30,10 @@ VALUE, DIE = 0, 4
 
 
 @pytest.fixture
-def service(tmp_path):
-    with tempfile.TemporaryDirectory(prefix="mdk") as folder:
-        running = Running(Path(folder), tmp_path)
-        running.environment |= {
-            "MDEVKIT_PLUGINS": "mdevkit-mtty,mdevkit-vfio,mdevkit-fragile",
-            "PYTHONPATH": str(PARENTS),
-            "TERM": "dumb",
-        }
+def service():
+    with private_service("mdevkit-mtty,mdevkit-vfio,mdevkit-fragile") as running:
         running.start()
         yield running
-        running.clean_up()
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from mdevkit_mvnet.model import MvnetDevice, SampleDevice
-from mdevkit_mvnet.regs import NetFeature
 from mdevkit_testkit.suites.virtio.guest import Guest, NetPort
+from mdevkit_virtio.netspec import NetFeature
 
 #: What a driver accepts by default.
 FEATURES = int(NetFeature.VERSION_1 | NetFeature.MRG_RXBUF | NetFeature.ACCESS_PLATFORM)

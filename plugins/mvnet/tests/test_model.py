@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from mdevkit.errors import MdevError
-from mdevkit_mvnet.regs import LINUX_FEATURES, NetFeature
+from mdevkit_mvnet.regs import LINUX_FEATURES
 from mdevkit_virtio.memory import DirtyLog, MemoryTable
+from mdevkit_virtio.netspec import NetFeature
 from mdevkit_virtio.ops import Callback, Status
 
 FORMATS = {

@@ -13,9 +13,10 @@ from typing import Final
 from mdevkit.errors import MdevError
 from mdevkit_virtio.config import ConfigSpace
 from mdevkit_virtio.engine import Engine, Mover
-from mdevkit_virtio.layout import Feature, MoveOptions
+from mdevkit_virtio.layout import MoveOptions
 from mdevkit_virtio.model import VirtioModel
-from mdevkit_virtio.netmodel import CONFIG_FIELDS, CONFIG_SIZE, F_MAC, F_STATUS, LINK_UP, RX, TX, NetModel
+from mdevkit_virtio.netmodel import NetModel
+from mdevkit_virtio.netspec import CONFIG_FIELDS, CONFIG_SIZE, LINK_UP, RX, TX, NetFeature, header_size
 from mdevkit_virtio.ops import DeviceId
 from mdevkit_virtio.workers import MoverWorker, Queues, Worker
 
@@ -27,18 +28,16 @@ VENDOR: Final = 0x8086
 MAX_RING: Final = 32768
 #: What the hardware offers: its parent driver passes on less (`driver.FEATURES`), a guest that has the whole function gets it all.
 FEATURES: Final = (
-    F_MAC
-    | F_STATUS
-    | Feature.NET_MRG_RXBUF
-    | Feature.INDIRECT_DESC
-    | Feature.EVENT_IDX
-    | Feature.VERSION_1
-    | 1 << 27
-    | 1 << 33
-    | 1 << 36
+    NetFeature.MAC
+    | NetFeature.STATUS
+    | NetFeature.MRG_RXBUF
+    | NetFeature.ANY_LAYOUT
+    | NetFeature.INDIRECT_DESC
+    | NetFeature.EVENT_IDX
+    | NetFeature.VERSION_1
+    | NetFeature.ACCESS_PLATFORM
+    | NetFeature.ORDER_PLATFORM
 )
-_HEADER: Final = 12
-_LEGACY_HEADER: Final = 10
 
 
 class LoopRings(VirtioModel):
@@ -59,8 +58,8 @@ class LoopRings(VirtioModel):
     def _make_movers(self, queues: Queues) -> Sequence[Mover]:
         if len(queues) < 2 or any(queue.broken for queue in queues.values()):
             return []
-        mergeable = Feature.NET_MRG_RXBUF in self.accepted
-        header = _HEADER if mergeable or Feature.VERSION_1 in self.accepted else _LEGACY_HEADER
+        header = header_size(self.accepted)
+        mergeable = bool(self.accepted & NetFeature.MRG_RXBUF)
         return [self.engine.mover(queues[TX].ring, queues[RX].ring, MoveOptions(header, header, mergeable))]
 
 

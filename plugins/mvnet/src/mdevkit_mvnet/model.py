@@ -13,15 +13,16 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from mdevkit.errors import MdevError
+from mdevkit_virtio import netspec
 from mdevkit_virtio.config import ConfigSpace
 from mdevkit_virtio.layout import MoveCounters, MoveOptions
 from mdevkit_virtio.model import VirtioModel
+from mdevkit_virtio.netspec import NetFeature
 from mdevkit_virtio.ops import DeviceId
 from mdevkit_virtio.workers import MoverWorker, Queues, Worker, add_counters
 
 from mdevkit_mvnet import regs
 from mdevkit_mvnet.attributes import DOWN, DROP, LINUX, LOSSLESS, NONE, UP
-from mdevkit_mvnet.regs import NetFeature
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -78,7 +79,7 @@ class MvnetDevice(VirtioModel):
     device_id = DeviceId.NET
     #: Value of the attribute ``compat``.
     compat: ClassVar[str] = NONE
-    config_size: ClassVar[int] = regs.CONFIG_SIZE
+    config_size: ClassVar[int] = netspec.CONFIG_SIZE
 
     def __init__(
         self,
@@ -94,14 +95,14 @@ class MvnetDevice(VirtioModel):
         spin_us: int = 50,
         engine: Engine | None = None,
     ) -> None:
-        config = ConfigSpace(regs.CONFIG, self.config_size)
+        config = ConfigSpace(netspec.CONFIG_FIELDS, self.config_size)
         config.update(
             mac=mac,
-            status=regs.LINK_UP if link == UP else 0,
+            status=netspec.LINK_UP if link == UP else 0,
             max_virtqueue_pairs=pairs,
             mtu=mtu,
-            speed=regs.SPEED_UNKNOWN,
-            duplex=regs.DUPLEX_UNKNOWN,
+            speed=netspec.SPEED_UNKNOWN,
+            duplex=netspec.DUPLEX_UNKNOWN,
         )
         super().__init__([queue_size] * (2 * pairs), features, config, name=name, engine=engine)
         self.pairs: Final = pairs
@@ -124,12 +125,12 @@ class MvnetDevice(VirtioModel):
     @property
     def link(self) -> str:
         """``up`` or ``down``."""
-        return UP if self.config["status"] & regs.LINK_UP else DOWN
+        return UP if self.config["status"] & netspec.LINK_UP else DOWN
 
     def set_link(self, link: str) -> None:
         """Plug the cable in or out, and tell the driver; any thread."""
         with self.changing():
-            self.update_config(status=regs.LINK_UP if link == UP else 0)
+            self.update_config(status=netspec.LINK_UP if link == UP else 0)
 
     def set_policy(self, policy: str) -> None:
         """Change what becomes of frames without a receive buffer; any thread."""
@@ -174,7 +175,7 @@ class MvnetDevice(VirtioModel):
 
     def _move_options(self) -> MoveOptions:
         mergeable = bool(self.accepted & NetFeature.MRG_RXBUF)
-        header = regs.HEADER if mergeable or self.accepted & NetFeature.VERSION_1 else regs.SHORT_HEADER
+        header = netspec.header_size(self.accepted)
         return MoveOptions(header, header, mergeable, self.policy == DROP, self.keeps_header)
 
     @property

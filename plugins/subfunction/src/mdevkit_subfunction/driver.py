@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import TYPE_CHECKING, Final
 
 from mdevkit.driver import Driver
@@ -16,6 +15,7 @@ from mdevkit.errors import MdevError
 from mdevkit.hookspecs import hookimpl
 from mdevkit.paths import runtime_dir
 from mdevkit_vdev.bus import VdevMdev
+from mdevkit_virtio.virtio.stream import attach_arguments
 
 from mdevkit_subfunction.netdev import SfNetdev
 
@@ -42,13 +42,9 @@ class SfEndpoint:
 
     def attach(self, client: str) -> Sequence[str]:
         """Return QEMU's or libvirt's arguments; EOPNOTSUPP for DPDK, which cannot use a stream of frames."""
-        path = self.netdev.path.replace(",", ",,")
-        qemu = ["-netdev", f"stream,id={self._id},server=off,addr.type=unix,addr.path={path}"]
-        qemu += ["-device", f"virtio-net-pci,netdev={self._id},mac={self._port.hw_addr.hex(':')}"]
-        if client == "qemu":
-            return qemu
-        if client == "libvirt":
-            return ["<qemu:commandline>", *(f"  <qemu:arg value='{escape(word)}'/>" for word in qemu), "</qemu:commandline>"]
+        arguments = attach_arguments(client, self.netdev.path, self._port.hw_addr.hex(":"), self._id)
+        if arguments:
+            return arguments
         raise MdevError(errno.EOPNOTSUPP, f"{client} cannot use a netdev", client)
 
 

@@ -12,47 +12,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from mdevkit_virtio.config import ConfigSpace, Field
+from mdevkit_virtio.config import ConfigSpace
 from mdevkit_virtio.engine import Engine
 from mdevkit_virtio.layout import MAX_FRAME, Feature
 from mdevkit_virtio.model import VirtioModel
+from mdevkit_virtio.netspec import CONFIG_FIELDS, CONFIG_SIZE, HEADER, LINK_UP, RX, TX, NetFeature, header_size
 from mdevkit_virtio.ops import DeviceId
 from mdevkit_virtio.queue import Buffer, Virtqueue
 from mdevkit_virtio.workers import BufferWorker, Worker
 
-#: Queues of a device with one pair (virtio 1.2, 5.1.2).
-RX: Final = 0
-TX: Final = 1
-#: Bits of a network device (5.1.3).
-F_MTU: Final = 1 << 3
-F_MAC: Final = 1 << 5
-F_STATUS: Final = 1 << 16
 #: What a device of this kind can offer.
 FEATURES: Final = (
-    F_MTU
-    | F_MAC
-    | F_STATUS
-    | Feature.NET_MRG_RXBUF
-    | Feature.INDIRECT_DESC
-    | Feature.EVENT_IDX
-    | Feature.VERSION_1
-    | Feature.RING_PACKED
+    NetFeature.MTU
+    | NetFeature.MAC
+    | NetFeature.STATUS
+    | NetFeature.MRG_RXBUF
+    | NetFeature.INDIRECT_DESC
+    | NetFeature.EVENT_IDX
+    | NetFeature.VERSION_1
+    | NetFeature.RING_PACKED
 )
-LINK_UP: Final = 1
-#: struct virtio_net_config (5.1.4).
-CONFIG_FIELDS: Final = (
-    Field("mac", 0, 6),
-    Field("status", 6, 2),
-    Field("max_virtqueue_pairs", 8, 2),
-    Field("mtu", 10, 2),
-    Field("speed", 12, 4),
-    Field("duplex", 16, 1),
-)
-CONFIG_SIZE: Final = 24
-
-#: struct virtio_net_hdr (5.1.6): its size, without num_buffers for a driver of before 1.0.
-_HEADER: Final = 12
-_LEGACY_HEADER: Final = 10
 
 
 @dataclass
@@ -103,7 +82,7 @@ class NetModel(VirtioModel):
         """Let the driver receive a frame; false when too many wait already, or it is not running. Any thread, at any time."""
         worker = self._worker
         with self._incoming_lock:
-            if worker is None or not self.running or len(self._incoming) >= self._backlog or len(frame) > MAX_FRAME - _HEADER:
+            if worker is None or not self.running or len(self._incoming) >= self._backlog or len(frame) > MAX_FRAME - HEADER:
                 self.counters.rx_dropped += 1
                 return False
             self._incoming.append(frame)
@@ -135,16 +114,11 @@ class NetModel(VirtioModel):
         with self._incoming_lock:
             self._incoming.clear()
 
-    @property
-    def _header(self) -> int:
-        modern = self.accepted & (Feature.VERSION_1 | Feature.NET_MRG_RXBUF)
-        return _HEADER if modern else _LEGACY_HEADER
-
     # -- on the worker's thread ------------------------------------------------------------------------------------------------
 
     def _send(self, queue: Virtqueue) -> None:
         """Send a batch: for what is left the worker comes back, so that a driver without an end to its frames holds up nobody."""
-        header = self._header
+        header = header_size(self.accepted)
         buffers = queue.take()
         for buffer in buffers:
             if header < buffer.readable <= MAX_FRAME:
@@ -158,7 +132,7 @@ class NetModel(VirtioModel):
         """Give the driver what waits now; what comes meanwhile wakes the worker again."""
         for _ in range(len(self._incoming)):
             frame = self._incoming[0]
-            buffers = self._room_for(len(frame) + self._header, queue)
+            buffers = self._room_for(len(frame) + header_size(self.accepted), queue)
             if buffers is None:
                 return
             with self._incoming_lock:
@@ -187,8 +161,8 @@ class NetModel(VirtioModel):
         return buffers
 
     def _write(self, queue: Virtqueue, buffers: list[Buffer], frame: bytes) -> None:
-        header = bytearray(self._header)
-        if len(header) == _HEADER:
+        header = bytearray(header_size(self.accepted))
+        if len(header) == HEADER:
             header[10:] = len(buffers).to_bytes(2, "little")
         data, done = bytes(header) + frame, []
         for buffer in buffers:

@@ -12,9 +12,8 @@ import errno
 import logging
 import os
 import select
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Final
 
@@ -23,6 +22,7 @@ from mdevkit.errors import MdevError, wrap
 from mdevkit_virtio.datathread import DataThread
 from mdevkit_virtio.engine import Engine, Mover
 from mdevkit_virtio.layout import MoveCounters
+from mdevkit_virtio.pausing import PausableThread
 from mdevkit_virtio.queue import Virtqueue
 
 _log: Final = logging.getLogger("mdevkit.virtio")
@@ -32,8 +32,6 @@ Queues = Mapping[int, Virtqueue]
 #: Told, on the worker's thread, that a queue is broken and why.
 OnBroken = Callable[[int, MdevError], None]
 
-#: How often eventfds are drained while a worker does not stop, in seconds.
-_DRAIN_INTERVAL: Final = 0.01
 #: How long to sleep when a driver gave no kick descriptor and so has to be polled.
 _UNKICKED_MS: Final = 1
 
@@ -42,7 +40,7 @@ class Worker(ABC):
     """Serves the queues whose indexes are in `serves`. `on_broken` must not wait for another thread."""
 
     def __init__(self, name: str, serves: Iterable[int], on_broken: OnBroken) -> None:
-        self.name: Final = name
+        self.name = name
         self.serves: Final = frozenset(serves)
         self._on_broken: Final = on_broken
 
@@ -114,115 +112,59 @@ class MoverWorker(Worker):
                 self._on_broken(index, broken.get(index) or MdevError(errno.EIO, f"{self.name}: the engine failed", self))
 
 
-class BufferWorker(Worker):
+class BufferWorker(PausableThread, Worker):
     """Calls ``on_buffers(index, queue)`` on its thread for each queue that has buffers which it has not seen yet.
 
     The vendor takes what it wants and may leave the rest; it is called again when there are more, or after `wake`. A ring that
-    is broken (`RingError`), or a vendor that fails, breaks that queue alone.
+    is broken (`RingError`), or a vendor that fails, breaks that queue alone. A pause waits for one call of the vendor.
     """
 
     def __init__(self, name: str, serves: Iterable[int], on_broken: OnBroken, on_buffers: Callable[[int, Virtqueue], None]) -> None:
-        super().__init__(name, serves, on_broken)
+        PausableThread.__init__(self, name)
+        Worker.__init__(self, name, serves, on_broken)
         self._on_buffers: Final = on_buffers
-        self._control: Final = threading.RLock()
-        self._state: Final = threading.Condition()
-        self._hold = 0
-        self._parked = False
-        self._closing = False
         self._queues: dict[int, Virtqueue] = {}
         #: Indexes to look at; any thread adds.
         self._pending: set[int] = set()
         self._wake: Final = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._thread: threading.Thread | None = None
-        self._closed = False
 
     def wake(self, index: int) -> None:
         """Have `on_buffers` called for a queue, if it runs; any thread."""
         with self._state:
-            if not self._closed:
+            if not self._closing:
                 self._pending.add(index)
                 os.eventfd_write(self._wake, 1)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """See `Worker.paused`. It takes as long as one call of the vendor."""
-        with self._control:
-            self._hold += 1
-            try:
-                if self._hold == 1:
-                    self._stop_until(lambda: self._parked)
-                yield
-            finally:
-                with self._state:
-                    self._hold -= 1
-                    self._state.notify_all()
 
     def update(self, queues: Queues) -> None:
         """See `Worker.update`."""
         with self._state:
             self._pending = set(queues)
         self._queues = dict(queues)
-        if self._thread is None and queues:
-            self._thread = threading.Thread(target=self._main, name=self.name, daemon=True)
-            self._thread.start()
+        if queues and not self.started:
+            self.start()
 
-    def close(self) -> None:
-        """See `Worker.close`."""
-        with self._control:
-            if self._closed:
-                return
-            with self._state:
-                self._closing = True
-                self._state.notify_all()
-            if self._thread is not None:
-                thread = self._thread
-                self._stop_until(lambda: not thread.is_alive())
-                thread.join()
-            with self._state:
-                self._closed = True
-                os.close(self._wake)
-
-    def _stop_until(self, reached: Callable[[], bool]) -> None:
-        if self._thread is None or self._closed:
-            return
+    def _interrupt(self) -> None:
         os.eventfd_write(self._wake, 1)
-        with self._state:
-            while not reached():
-                if not self._state.wait(_DRAIN_INTERVAL):
-                    self._free_writer()
 
-    def _free_writer(self) -> None:
-        """Let go of a thread that a client keeps blocked in a write to its eventfd."""
+    def _call_fds(self) -> Iterable[int]:
         # A copy: the thread itself takes out a queue that breaks.
-        for queue in list(self._queues.values()):
-            if queue.running and queue.ring.call_fd >= 0:
-                with contextlib.suppress(OSError):
-                    os.preadv(queue.ring.call_fd, [bytearray(8)], -1, os.RWF_NOWAIT)
+        return [queue.ring.call_fd for queue in list(self._queues.values()) if queue.running]
+
+    def _release(self) -> None:
+        os.close(self._wake)
 
     # -- on the thread -------------------------------------------------------------------------------------------------------
 
-    def _main(self) -> None:
-        while self._wait_for_permission():
-            with self._state:
-                pending, self._pending = self._pending, set()
-            for index in sorted(pending):
-                if self._hold or self._closing:
-                    self._postpone(index)
-                elif index in self._queues:
-                    self._serve(index, self._queues[index])
-            if not self._hold and not self._closing:
-                self._sleep()
+    def _turn(self) -> None:
         with self._state:
-            self._state.notify_all()
-
-    def _wait_for_permission(self) -> bool:
-        with self._state:
-            while self._hold and not self._closing:
-                self._parked = True
-                self._state.notify_all()
-                self._state.wait()
-            self._parked = False
-            return not self._closing
+            pending, self._pending = self._pending, set()
+        for index in sorted(pending):
+            if self._wanted:
+                self._postpone(index)
+            elif index in self._queues:
+                self._serve(index, self._queues[index])
+        if not self._wanted:
+            self._sleep()
 
     def _postpone(self, index: int) -> None:
         with self._state:

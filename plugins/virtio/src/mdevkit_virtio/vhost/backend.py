@@ -32,10 +32,11 @@ from mdevkit.errors import MdevError
 
 from mdevkit_virtio.layout import Feature
 from mdevkit_virtio.memory import MAX_REGIONS, DirtyLog, MemoryTable, Region
+from mdevkit_virtio.netspec import NetFeature
 from mdevkit_virtio.ops import RESET, Callback, Status, VirtioOps
 from mdevkit_virtio.vhost import proto
 from mdevkit_virtio.vhost.descriptors import check_eventfd, drain, take_socket
-from mdevkit_virtio.vhost.features import NetFeature, Traits
+from mdevkit_virtio.vhost.features import Traits
 from mdevkit_virtio.vhost.proto import BackendRequest, ProtocolFeature, Request, VringState
 from mdevkit_virtio.vhost.vring import Vring
 

@@ -16,7 +16,7 @@ from mdevkit.hookspecs import hookimpl
 from mdevkit.paths import runtime_dir
 
 from mdevkit_virtio.bus import VirtioMdev, VirtioMdevBus
-from mdevkit_virtio.vhost.features import NetFeature
+from mdevkit_virtio.netspec import NetFeature
 from mdevkit_virtio.vhost.server import VhostUserServer
 from mdevkit_virtio.vhost.sources import Connecting, Listening, Source
 

@@ -10,58 +10,18 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
-from enum import IntFlag
 from typing import Final
 
 from mdevkit.errors import MdevError
 
+from mdevkit_virtio.netspec import NetFeature
 from mdevkit_virtio.ops import VirtioOps
 from mdevkit_virtio.vhost.proto import F_LOG_ALL, F_PROTOCOL_FEATURES, ProtocolFeature
 
-
-class NetFeature(IntFlag):
-    """Feature bits of network devices (virtio 1.2, 5.1.3) that a vhost-user backend may offer."""
-
-    CSUM = 1 << 0
-    GUEST_CSUM = 1 << 1
-    MTU = 1 << 3
-    MAC = 1 << 5
-    GUEST_TSO4 = 1 << 7
-    GUEST_TSO6 = 1 << 8
-    GUEST_ECN = 1 << 9
-    GUEST_UFO = 1 << 10
-    HOST_TSO4 = 1 << 11
-    HOST_TSO6 = 1 << 12
-    HOST_ECN = 1 << 13
-    HOST_UFO = 1 << 14
-    MRG_RXBUF = 1 << 15
-    STATUS = 1 << 16
-    MQ = 1 << 22
-    SPEED_DUPLEX = 1 << 63
-
-
-class RingFeature(IntFlag):
-    """Feature bits of every device (virtio 1.2, section 6) that a vhost-user backend may offer."""
-
-    NOTIFY_ON_EMPTY = 1 << 24
-    ANY_LAYOUT = 1 << 27
-    INDIRECT_DESC = 1 << 28
-    EVENT_IDX = 1 << 29
-    VERSION_1 = 1 << 32
-    ACCESS_PLATFORM = 1 << 33
-    RING_PACKED = 1 << 34
-    IN_ORDER = 1 << 35
-    ORDER_PLATFORM = 1 << 36
-
-
-def _all(flags: type[IntFlag]) -> int:
-    return sum(int(flag) for flag in flags)
-
-
 #: The features of a device that may be offered: those of vhost-mdev's list, MQ, and IN_ORDER, which is younger than the list.
-WHITELIST: Final = _all(NetFeature) | _all(RingFeature)
+WHITELIST: Final = sum(NetFeature)
 
-_PLATFORM: Final = int(RingFeature.ACCESS_PLATFORM)
+_PLATFORM: Final = int(NetFeature.ACCESS_PLATFORM)
 _MQ: Final = int(NetFeature.MQ)
 
 #: Protocol features offered for every device.

@@ -30,6 +30,7 @@ from mdevkit.errors import MdevError
 
 from mdevkit_virtio.driverside import GuestMemory
 from mdevkit_virtio.layout import Feature
+from mdevkit_virtio.netspec import NetFeature
 from mdevkit_virtio.ops import RESET, Status
 from mdevkit_virtio.vhost import proto
 from mdevkit_virtio.vhost.frontend_channel import Channel, Message
@@ -46,7 +47,7 @@ FEATURES: Final = (
     | Feature.EVENT_IDX
     | Feature.INDIRECT_DESC
     | Feature.RING_PACKED
-    | 1 << 22  # VIRTIO_NET_F_MQ: several pairs
+    | NetFeature.MQ
     | proto.F_PROTOCOL_FEATURES
 )
 PROTOCOL: Final = (

@@ -18,6 +18,7 @@ from mdevkit.errors import MdevError
 
 from mdevkit_virtio.driverside import Completion, DriverRing, GuestMemory, Segment, make_driver_ring
 from mdevkit_virtio.layout import NO_FEATURES, Feature, VringBase
+from mdevkit_virtio.netspec import header_size
 
 #: Where a virtio-net header tells over how many buffers a frame is spread (virtio 1.2, 5.1.6).
 _NUM_BUFFERS_AT: Final = 10
@@ -93,7 +94,7 @@ class NetPair:
         alignment: int = 16,
     ) -> None:
         self.memory: Final = memory
-        self.header: Final = 12 if features & (Feature.VERSION_1 | Feature.NET_MRG_RXBUF) else 10
+        self.header: Final = header_size(features)
         self._frame: Final = frame
         self._room: Final = room
         rings = [make_driver_ring(memory, num, Feature(features), alignment) for _ in range(2)]

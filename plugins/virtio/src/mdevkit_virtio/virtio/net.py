@@ -12,7 +12,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from html import escape
 from typing import TYPE_CHECKING, Final
 
 from mdevkit.errors import MdevError
@@ -22,7 +21,7 @@ from mdevkit_virtio.ops import Status
 from mdevkit_virtio.virtio.bus import VirtioDriver
 from mdevkit_virtio.virtio.control import ControlQueue
 from mdevkit_virtio.virtio.netdev import ETH_HEADER, HEADER, VLAN_TAG, NetDevice
-from mdevkit_virtio.virtio.stream import StreamServer
+from mdevkit_virtio.virtio.stream import StreamServer, attach_arguments
 from mdevkit_virtio.virtio.vring import QueueRequest
 
 if TYPE_CHECKING:
@@ -69,13 +68,9 @@ class NetEndpoint:
 
     def attach(self, client: str) -> Sequence[str]:
         """Return QEMU's or libvirt's arguments; EOPNOTSUPP for DPDK, which cannot use a stream of frames."""
-        path = self.server.path.replace(",", ",,")
-        qemu = ["-netdev", f"stream,id={self._id},server=off,addr.type=unix,addr.path={path}"]
-        qemu += ["-device", f"virtio-net-pci,netdev={self._id},mac={text_of(self.netdev.mac)}"]
-        if client == "qemu":
-            return qemu
-        if client == "libvirt":
-            return ["<qemu:commandline>", *(f"  <qemu:arg value='{escape(word)}'/>" for word in qemu), "</qemu:commandline>"]
+        arguments = attach_arguments(client, self.server.path, text_of(self.netdev.mac), self._id)
+        if arguments:
+            return arguments
         raise MdevError(errno.EOPNOTSUPP, f"{client} cannot use a netdev; bind the device to vhost_mdev", client)
 
 

@@ -16,6 +16,7 @@ import socket
 import struct
 import threading
 from collections import deque
+from html import escape
 from pathlib import Path
 from typing import Final
 
@@ -36,6 +37,17 @@ _CHUNK: Final = 1 << 18
 SHORTAGE_PAUSE: Final = 0.1
 #: struct ucred (unix(7)).
 _CREDENTIALS: Final = struct.Struct("=iII")
+
+
+def attach_arguments(client: str, path: str, mac: str, name: str) -> list[str]:
+    """Return what QEMU or libvirt needs to use the netdev at a socket; empty for other clients. `name` is QEMU's for it."""
+    qemu = ["-netdev", f"stream,id={name},server=off,addr.type=unix,addr.path={path.replace(',', ',,')}"]
+    qemu += ["-device", f"virtio-net-pci,netdev={name},mac={mac}"]
+    if client == "qemu":
+        return qemu
+    if client == "libvirt":
+        return ["<qemu:commandline>", *(f"  <qemu:arg value='{escape(word)}'/>" for word in qemu), "</qemu:commandline>"]
+    return []
 
 
 class FrameStream:
