@@ -66,6 +66,35 @@ def test_a_frame_arrives_behind_a_fresh_header(net, size):
     assert net.mover.counters == MoveCounters(1, size, 0, 0, 0)
 
 
+@pytest.mark.parametrize("size", [511, 512, 513, 575, 576, 577, 1514])
+def test_large_frames_at_every_alignment(net, size):
+    memory, frame = net.rig.memory, _frame(size)
+    source, target = memory.allocate(size + 128), memory.allocate(size + 128)
+    for shift in range(64):
+        start, place = source + shift, target + (shift * 37) % 64
+        memory.map[start : start + 12 + size] = bytes(12) + frame
+        memory.map[target : target + size + 128] = b"\xee" * (size + 128)
+        net.tx_ring.add([Segment(start, 12 + size)], [], None)
+        net.rx_ring.add([], [Segment(place, 12 + size)], None)
+        assert net.mover.move() == 1
+        net.tx_ring.collect()
+        net.rx_ring.collect()
+        around = memory.map[target : target + size + 128]
+        assert around == (b"\xee" * (place - target) + ZERO + b"\1\0" + frame).ljust(size + 128, b"\xee")
+
+
+@pytest.mark.parametrize("distance", [-1499, -64, -63, -1, 1, 63, 64, 1499])
+def test_a_driver_may_have_its_frame_written_over_itself(net, distance):
+    """Wherever the two buffers overlap, the frame that comes is the one that was sent."""
+    memory, frame = net.rig.memory, _frame(1500)
+    start = memory.allocate(8192) + 2000
+    memory.map[start : start + 1512] = ZERO + b"\1\0" + frame
+    net.tx_ring.add([Segment(start, 1512)], [], None)
+    net.rx_ring.add([], [Segment(memory.allocate(12), 12), Segment(start + 12 + distance, 1500)], None)
+    assert net.mover.move() == 1
+    assert memory.map[start + 12 + distance : start + 1512 + distance] == frame
+
+
 def test_header_and_frame_may_be_cut_anywhere(net):
     for cut in range(1, 40):
         net.send(_frame(40), cuts=(cut,))

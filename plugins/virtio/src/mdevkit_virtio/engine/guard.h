@@ -35,11 +35,9 @@ static inline void guard_set(int armed) {
  * unnecessary, and saving costs a system call. Locals changed in `work` are lost; state is kept in the structures. */
 #define GUARDED(work, failed)                          \
     do {                                               \
-        if (likely(!sigsetjmp(guard.jump, 0))) {       \
-            guard_set(1);                              \
-            work;                                      \
-        } else {                                       \
+        if (likely(!sigsetjmp(guard.jump, 0)))         \
+            guard_set(1), (work);                      \
+        else                                           \
             failed;                                    \
-        }                                              \
         guard_set(0);                                  \
     } while (0)

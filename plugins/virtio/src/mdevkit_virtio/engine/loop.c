@@ -12,12 +12,6 @@ static uint64_t now_ns(void) {
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-#if defined(__x86_64__)
-#define relax() __builtin_ia32_pause()
-#else
-#define relax() atomic_signal_fence(memory_order_seq_cst)
-#endif
-
 static inline bool stopped(const mv_loop *loop) { return atomic_load((const _Atomic uint32_t *)&loop->stop); }
 
 /* The queue whose driver has to act before this mover can go on. */

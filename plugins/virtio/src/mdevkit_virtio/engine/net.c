@@ -6,7 +6,9 @@
  */
 #include "guard.h"
 
-enum { NUM_BUFFERS_AT = 10 };
+enum { NUM_BUFFERS_AT = 10, LARGE = 512 };
+typedef uint8_t block __attribute__((vector_size(32), aligned(1), may_alias));
+typedef uint64_t line __attribute__((vector_size(64), aligned(1), may_alias));
 
 /* A position in the pieces of a buffer; `offset` may lie beyond the first of them. */
 typedef struct { const mv_piece *piece; uint64_t offset; } place;
@@ -16,11 +18,22 @@ static inline void normalize(place *p) {
         p->offset -= p->piece->length;
 }
 
-/* As memmove, inline for the smallest frames, which are most of the work: two blocks that overlap instead of a call. Both are read
- * before either is written, for a hostile driver may let the two ranges overlap. */
-typedef uint8_t block __attribute__((vector_size(32), aligned(1), may_alias));
+/* Large frames go line by line, the first one first: a driver has that in its cache, and while it is taken from there, stores of
+ * whole lines are few enough to wait their turn. memmove writes it last. The end is fetched early, as it is on another page. */
+USES_WHOLE_LINES static void copy_lines(uint8_t *to, const uint8_t *from, uint64_t n) {
+    const line head = *(const line *)from, tail = *(const line *)(from + n - 64);
+    __builtin_prefetch(from + n - 192), __builtin_prefetch(from + n - 128);
+    *(line *)to = head;
+    for (uint64_t i = 64 - ((uintptr_t)to & 63); i < n - 64; i += 64)
+        *(line *)(to + i) = *(const line *)(from + i);
+    *(line *)(to + n - 64) = tail;
+}
 
+/* As memmove, inline for the smallest frames, which are most of the work: two blocks that overlap instead of a call. Both are read
+ * before either is written, for a hostile driver may let the two ranges overlap; then large ones are memmove's. */
 static inline void copy_bytes(uint8_t *to, const uint8_t *from, uint64_t n) {
+    if (n >= LARGE && WHOLE_LINES && least((uint64_t)(to - from), (uint64_t)(from - to)) >= n)
+        return copy_lines(to, from, n);
     if (n < sizeof(block) || n > 2 * sizeof(block))
         return (void)memmove(to, from, n);
     const block head = *(const block *)from, tail = *(const block *)(from + n - sizeof(block));
@@ -41,15 +54,10 @@ static inline void copy_frame(place *to, place *from, uint64_t n) {
     }
 }
 
-/* Between a buffer and memory of ours, as a buffer of one piece. */
+/* From memory of ours, as a buffer of one piece. */
 static inline void put_bytes(place *to, const void *data, uint64_t n) {
     mv_piece piece = {0, (uint8_t *)data, n};
     copy_frame(to, &(place){&piece, 0}, n);
-}
-
-static inline void get_bytes(place from, void *data, uint64_t n) {
-    mv_piece piece = {0, data, n};
-    copy_frame(&(place){&piece, 0}, &from, n);
 }
 
 /* Drivers leave the header of a buffer as it was: not writing what is there already spares both sides a cache miss. */
@@ -72,7 +80,7 @@ static bool log_pieces(mv_queue *q, const mv_log *log, place at, uint64_t length
 }
 
 /* What becomes of a frame, besides the reasons a burst ends for: MV_MORE if it is moved. */
-enum { TOO_LARGE = 100, FETCH = 512, CLAIM = 256 };
+enum { TOO_LARGE = 100, FETCH_FROM = 192, FETCH_TO = 384, CLAIM = 256 };
 
 /* A burst: how many slots it uses up, how far receive buffers are looked up, the pieces of the next one, how many frames
  * there are still, and how long the next is. */
@@ -81,7 +89,7 @@ typedef struct { mv_cursor scan, ended; uint32_t tx_slots, rx_slots, frames, ahe
 /* Fetches the next frame, or where it goes, while this one is copied. Behind the last there is an old address or none, which harms
  * nobody; so it is a number and no pointer. */
 static inline void prefetch(uintptr_t at, uint32_t length, bool writing) {
-    for (const uintptr_t end = at + least(length, FETCH); at < end; at += 64)
+    for (const uintptr_t end = at + length; at < end; at += 64)
         writing ? __builtin_prefetch((void *)at, 1) : __builtin_prefetch((void *)at);
 }
 
@@ -110,7 +118,7 @@ static inline const mv_chain *next_buffer(mv_mover *m, bursting *b, uint32_t len
     const uintptr_t behind = (uintptr_t)b->pieces[chain->pieces].host;
     /* The header is read: mostly it is as it should be already, and then the driver keeps its copy of that line. */
     __builtin_prefetch((void *)behind);
-    prefetch(behind + m->rx_header, b->ahead, true);
+    prefetch(behind + m->rx_header, least(b->ahead, FETCH_TO), true);
     return chain;
 }
 
@@ -180,7 +188,7 @@ static inline bool move_frame(mv_mover *m, bursting *b, const mv_chain *chain, c
     uint32_t result = unlikely(length > MV_FRAME) ? TOO_LARGE : m->rx ? MV_MORE : MV_FULL;
     if (likely(result == MV_MORE)) {
         if (m->keep_header)
-            get_bytes((place){pieces, 0}, header, NUM_BUFFERS_AT);
+            copy_frame(&(place){&(mv_piece){0, header, NUM_BUFFERS_AT}, 0}, &(place){pieces, 0}, NUM_BUFFERS_AT);
         result = deliver(m, b, chain, pieces, length, header);
     }
     if (likely(result == MV_MORE)) {
@@ -217,7 +225,7 @@ static void burst(mv_mover *m, uint32_t limit) {
     for (const mv_piece *pieces = m->tx_pieces; m->tx_count < count && m->rx_count < MV_BURST; pieces += chain++->pieces) {
         b.frames = count - m->tx_count;
         b.ahead = b.frames > 1 ? chain[1].readable : 0;
-        prefetch((uintptr_t)pieces[chain->pieces].host, b.ahead, false);
+        prefetch((uintptr_t)pieces[chain->pieces].host, least(b.ahead, FETCH_FROM), false);
         if (!move_frame(m, &b, chain, pieces))
             break;
         b.tx_slots += chain->slots;
@@ -264,16 +272,12 @@ static int move(mv_mover *m, uint32_t limit) {
     return m->wait == MV_BROKEN ? 0 : (int)m->tx_count;
 }
 
-int mv_move(mv_mover *m, uint32_t limit) {
-    mv_guard_install();
-    return move(m, limit);
-}
+int mv_move(mv_mover *m, uint32_t limit) { return mv_guard_install(), move(m, limit); }
 
 static int copy(const mv_log *log, place at, uint8_t *data, uint64_t size, bool writing) {
-    if (!writing)
-        return get_bytes(at, data, size), MV_OK;
-    put_bytes(&(place){at.piece, at.offset}, data, size);
-    return log && !log_pieces(NULL, log, at, size) ? MV_LOG : MV_OK;
+    place theirs = at, ours = {&(mv_piece){0, data, size}, 0};
+    copy_frame(writing ? &theirs : &ours, writing ? &ours : &theirs, size);
+    return writing && log && !log_pieces(NULL, log, at, size) ? MV_LOG : MV_OK;
 }
 
 int mv_copy(const mv_memory *memory, const mv_log *log, const mv_piece *pieces, uint64_t offset, uint8_t *data, uint64_t size,

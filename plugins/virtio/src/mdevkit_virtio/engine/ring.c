@@ -254,10 +254,8 @@ static bool publish_packed(mv_queue *q, const mv_used *used, uint32_t count) {
 /* Writes used entries and makes them visible; false if the dirty log cannot hold them. */
 static bool mv_publish(mv_queue *q, const mv_used *used, uint32_t count) {
     uint32_t slots = 0, written = 0;
-    for (uint32_t i = 0; i < count; i++) {
-        slots += used[i].slots;
-        written |= used[i].length;
-    }
+    for (uint32_t i = 0; i < count; i++)
+        slots += used[i].slots, written |= used[i].length;
     q->inflight -= slots;
     q->unsignalled += slots;
     /* In order, the last of a batch stands for all, if there is no length to tell (2.8.9). */

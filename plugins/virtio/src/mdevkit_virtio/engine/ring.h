@@ -16,6 +16,17 @@
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
 
+/* What processors have that the language does not know: a pause while polling, and registers of a whole cache line. */
+#if defined(__x86_64__)
+#define relax() __builtin_ia32_pause()
+#define WHOLE_LINES __builtin_cpu_supports("avx512f")
+#define USES_WHOLE_LINES __attribute__((target("avx512f")))
+#else
+#define relax() atomic_signal_fence(memory_order_seq_cst)
+#define WHOLE_LINES 0
+#define USES_WHOLE_LINES
+#endif
+
 /* virtio 1.2, 2.7.5 and 2.8.1: descriptor flags; 2.7.7, 2.7.9 and 2.8.10: event suppression. */
 enum { F_NEXT = 1, F_WRITE = 2, F_INDIRECT = 4, F_AVAIL = 1 << 7, F_USED = 1 << 15 };
 enum { NO_INTERRUPT = 1, NO_NOTIFY = 1, EVENT_ENABLE = 0, EVENT_DISABLE = 1, EVENT_DESC = 2 };
@@ -41,9 +52,7 @@ static inline void snapshot(void *to, const void *from) {
     memcpy(to, words, sizeof words);
 }
 
-static inline int broken(mv_queue *q, uint32_t fault, uint64_t value) {
-    return q->fault = fault, q->fault_value = value, -1;
-}
+static inline int broken(mv_queue *q, uint32_t fault, uint64_t value) { return q->fault = fault, q->fault_value = value, -1; }
 
 static inline uint8_t *avail_entry(const mv_queue *q, uint16_t at) { return q->driver + 4 + 2 * (size_t)(at & (q->num - 1)); }
 static inline uint8_t *used_entry(const mv_queue *q, uint16_t at) { return q->device + 4 + 8 * (size_t)(at & (q->num - 1)); }
