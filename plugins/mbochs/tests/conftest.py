@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
+import resource
 import socket
 import struct
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +18,7 @@ import pytest
 from mdevkit import Mdev, MdevError, Registry
 from mdevkit_mbochs.mbochs.parent import MbochsParent
 from mdevkit_mbochs.mdpy.parent import MdpyParent
+from mdevkit_mbochs.onlookers import acceptor
 from mdevkit_mbochs.onlookers.viewer import answer
 from mdevkit_vfio.bus import VfioBus, VfioMdev
 
@@ -232,6 +237,42 @@ def vnc() -> Iterator[Callable[[str], VncClient]]:
     yield connect
     for each in clients:
         each.sock.close()
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for what another thread brings about."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)  # nothing tells of it
+
+
+@pytest.fixture
+def shortage(caplog: pytest.LogCaptureFixture) -> Callable[[str], None]:
+    """Let a program connect to a display while this process has no descriptor left, and await three attempts to accept it."""
+
+    def connect(path: str) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with socket.socket(socket.AF_UNIX) as sock:
+            taken = []
+            resource.setrlimit(resource.RLIMIT_NOFILE, (sock.fileno() + 8, limits[1]))
+            try:
+                with contextlib.suppress(OSError):
+                    while True:
+                        taken.append(os.dup(sock.fileno()))
+                sock.connect(path)
+                until(lambda: len(attempts()) >= 3)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                for fd in taken:
+                    os.close(fd)
+        first, _, third, *_ = attempts()
+        assert third - first > 1.5 * acceptor.SHORTAGE_PAUSE, "it does not try all the time"
+
+    def attempts() -> list[float]:
+        return [record.created for record in caplog.records if "nobody can look: [Errno 24]" in record.getMessage()]
+
+    return connect
 
 
 @pytest.fixture

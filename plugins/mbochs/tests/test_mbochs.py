@@ -265,6 +265,18 @@ def test_any_values_of_the_registers(values: list[int]):
         device.close()
 
 
+@pytest.mark.parametrize("change", [lambda state: state[:-1], lambda state: state[:-1000], lambda state: state + b"\0"])
+def test_a_state_of_another_length_is_refused(card: Callable[..., Any], change: Callable[[bytes], bytes]):
+    device = card()
+    device.set_mode(640, 480)
+    state = device.ops.checkpoint()
+    device.set_mode(800, 600)
+    with pytest.raises(MdevError, match="bytes are not the state of this card") as caught:
+        device.ops.restore(change(state))
+    assert caught.value.errno == errno.EINVAL
+    assert device.ops.frame() == Frame(800, 600, 3200)
+
+
 def test_a_device_goes_on_in_another_process(card: Callable[..., Any]):
     """What parking carries over: registers, monitor, video memory."""
     device = card()

@@ -138,6 +138,13 @@ def test_so_many_at_once_and_no_more(create: Callable[..., Mdev]):
         screen.close()
 
 
+def test_a_shortage_of_descriptors_passes(create: Callable[..., Mdev], shortage: Callable[[str], None]):
+    path = path_of(create("mdpy-vga"))
+    shortage(path)
+    with Screen(path) as screen:
+        assert screen.look().frame.width == 640
+
+
 LIES = [
     b"nonsense\n",
     b"[]\n",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import random
 import resource
 import socket
@@ -10,6 +11,7 @@ import stat
 import struct
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mdevkit import Mdev, MdevError
+from mdevkit.screen import Frame
 from mdevkit_mbochs.onlookers import vnc as server
+from mdevkit_mbochs.onlookers.loop import Loop
 from mdevkit_mbochs.onlookers.pixels import OURS, Converter, PixelFormat
 from mdevkit_mbochs.onlookers.rfb import RfbError
 from mdevkit_mbochs.onlookers.tiles import Tiles
@@ -126,6 +130,30 @@ def test_a_display_that_is_off_is_black(screen: Any, vnc: Connect):
     assert (newcomer.width, newcomer.height) == (200, 130), "the shape stays while somebody looks"
 
 
+def test_a_viewer_that_comes_back_at_once_is_told_the_size(screen: Any, vnc: Connect, monkeypatch: pytest.MonkeyPatch):
+    """It comes sooner than the picture may be looked at again."""
+    monkeypatch.setattr(server, "MOST_OFTEN", 3600)
+    monkeypatch.setattr(server, "LEAST_OFTEN", 3600)
+    first = vnc(address(screen)).log_in()
+    first.sock.sendall(b"\xff")  # which ends it
+    with pytest.raises(EOFError):
+        first.read(1)
+    second = vnc(address(screen)).log_in()
+    assert (second.width, second.height) == (200, 130)
+
+
+def test_what_was_seen_is_forgotten_when_nobody_looks(screen: Any, vnc: Connect):
+    with vnc(address(screen)).log_in() as viewer:
+        viewer.look()
+    screen.dispi(4, 0)
+    for _ in range(20):
+        time.sleep(0.3)  # longer than the longest pause between looks
+        with vnc(address(screen)).log_in() as viewer:
+            if (viewer.width, viewer.height) == (640, 480):
+                return
+    pytest.fail("the shape of long ago is still known")
+
+
 def test_nobody_has_set_a_mode_yet(card: Callable[..., Any], vnc: Connect, tmp_path: Path):
     viewer = vnc(address(card("mbochs-small", vnc=f"unix:{tmp_path}/vnc"))).log_in()
     assert (viewer.width, viewer.height) == (640, 480)
@@ -212,6 +240,41 @@ def test_a_password(card: Callable[..., Any], vnc: Connect, password_file: str, 
         vnc(address(device)).log_in(b"Secret")
     assert time.monotonic() - began >= server.PENALTY
     assert vnc(address(device)).log_in(b"secret").look(), "and the next one is let in"
+
+
+def test_not_even_the_first_viewer_does_without_the_password(
+    create: Callable[..., Mdev], vnc: Connect, password_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Which comes as soon as there is a socket, while the device is still being created."""
+    offered = []
+    run = Loop.run
+
+    def slow(loop: Loop, function: Callable[[], None]) -> None:
+        run(loop, function)
+        if not offered:
+            offered.append(vnc(f"{tmp_path}/vnc").greet())
+
+    monkeypatch.setattr(Loop, "run", slow)
+    create("mdpy-vga", vnc=f"unix:{tmp_path}/vnc", vnc_password_file=password_file, screen_socket="none")
+    assert offered == [b"\x02"]
+
+
+def test_a_place_that_cannot_be_had_changes_nothing(create: Callable[..., Mdev], password_file: str):
+    mdev = create("mdpy-vga")
+    with pytest.raises(MdevError, match="the folder /nowhere does not exist"):
+        mdev.drvdata.onlookers.set_vnc("unix:/nowhere/vnc", password_file, insecure=True)
+    shown = [mdev.get_attribute(name) for name in ("vnc", "vnc_address", "vnc_password_file", "vnc_insecure")]
+    assert shown == ["none", "", "", False]
+
+
+def test_a_device_that_is_being_removed_lets_nobody_in(create: Callable[..., Mdev], tmp_path: Path):
+    """Its parent has closed everything; the device itself is there for a moment yet."""
+    mdev = create("mdpy-vga", vnc=f"unix:{tmp_path}/vnc")
+    mdev.drvdata.close()
+    with pytest.raises(MdevError, match="is being removed: nobody can be let in") as caught:
+        mdev.set_attribute("vnc", f"unix:{tmp_path}/late")
+    assert caught.value.name == "ENODEV"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_old_viewer_with_a_wrong_password(card: Callable[..., Any], vnc: Connect, password_file: str, tmp_path: Path):
@@ -334,6 +397,57 @@ def test_no_more_viewers_than_there_is_room_for(screen: Any, vnc: Connect):
     assert one_more.read_reason() == f"{server.MOST} viewers are looking already"
     with pytest.raises(EOFError):
         one_more.read(1)
+
+
+def test_a_crowd_is_not_even_told(screen: Any, vnc: Connect):
+    """Those who say nothing, and are still to be told that there is no room, take room as well."""
+    for _ in range(server.MOST_CONNECTIONS):
+        assert vnc(address(screen)).read(12) == b"RFB 003.008\n"
+    with pytest.raises(EOFError):
+        vnc(address(screen)).read(1)
+
+
+def test_who_says_nothing_costs_little_memory():
+    tiles = Tiles()
+    tracemalloc.start()
+    try:
+        viewer = Viewer(tiles, "silent")
+        assert tracemalloc.get_traced_memory()[0] < 1 << 14
+        assert viewer.out
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_shortage_of_descriptors_passes(screen: Any, vnc: Connect, shortage: Callable[[str], None]):
+    shortage(address(screen))
+    assert vnc(address(screen)).log_in().look()
+
+
+BURSTS = [
+    struct.pack(">BBHHHH", 3, 0, 0, 0, 0xFFFF, 0xFFFF),
+    struct.pack(">B3x16s", 0, FORMATS["rgb565"].pack()) + struct.pack(">B3x16s", 0, FORMATS["bgr233"].pack()),
+]
+
+
+@pytest.mark.parametrize("message", BURSTS, ids=["requests", "formats"])
+def test_a_burst_of_messages_is_little_work(message: bytes):
+    tiles = Tiles()
+    tiles.look((Frame(4095, 4095, 4095 * 4), mmap.mmap(-1, 4095 * 4095 * 4)))
+    viewer = Viewer(tiles, "busy")
+    viewer.feed(b"RFB 003.008\n\x01\x01")
+    began = time.thread_time()
+    viewer.feed(message * ((1 << 16) // len(message)))
+    assert time.thread_time() - began < 0.4
+
+
+def test_several_requests_get_one_answer(screen: Any, vnc: Connect, without_padding: Callable[[bytes], bytes]):
+    """With what they have asked for, and what is between."""
+    viewer = vnc(address(screen)).log_in()
+    requests = [struct.pack(">BBHHHH", 3, 0, x, y, 1, 1) for x, y in ((70, 129), (199, 70))]
+    viewer.sock.sendall(b"".join(requests))
+    assert {rectangle[:4] for rectangle in viewer.update()} == {(64, 64, 136, 64), (64, 128, 136, 2)}
+    columns = [without_padding(screen.memory[(row * 200 + 64) * 4 : (row + 1) * 800]) for row in range(64, 130)]
+    assert [viewer.colours[(row * 200 + 64) * 4 : (row + 1) * 800] for row in range(64, 130)] == columns
 
 
 def test_viewers_come_and_go_while_the_guest_draws(screen: Any, vnc: Connect):

@@ -291,6 +291,33 @@ def test_a_frame_that_arrives_while_the_device_stops_has_not_arrived(card, inter
     assert word(first, regs.STATUS) == regs.TX_DONE
 
 
+def test_a_frame_that_comes_after_a_reset_is_not_lost_with_the_one_before(card):
+    """The reset comes while a frame is being written, by message; the guest posts a buffer at once, and another frame is taken."""
+    (first, memory), (second, _) = [card.plug(number) for number in (1, 2)]
+    later = FRAME + b"later"
+    written = []
+
+    def dma_write(iova, data):
+        written.append(data)
+        if data == FRAME:
+            second.reset()
+            post(second)
+            assert second.deliver(later)
+
+    second.release()
+    slow = Memory()
+    slow.dma_write = dma_write
+    second.open(slow)
+    os.close(slow.fd)
+    second.dma_map(DmaRegion(MEMORY, 0x10000, readable=True, writable=True))
+    post(second)
+    fill(first, memory, FRAME)
+    word(first, regs.TX_DOORBELL, 1)
+    wait_for(second, regs.RX_DONE)
+    assert written == [FRAME, later]
+    assert word(second, regs.RX_LENGTH) == len(later)
+
+
 def test_who_a_sub_function_is_does_not_migrate(card):
     (source, _), (target, _) = card.plug(1), card.plug(2)
     post(source)

@@ -32,7 +32,7 @@ VARIABLE: Final = "MDEVKIT_IFCVF_FUNCTIONS"
 DEFAULT_FUNCTIONS: Final = 4
 MOST_FUNCTIONS: Final = 64
 
-#: Group to bus, device API, class and name.
+#: Group to bus, device API and name.
 _KINDS: Final = {
     "virtio_mdev": ("mdev_virtio", "virtio_mdev", "IFC VF virtio accelerator (virtio ring compatible)"),
     "vhost_mdev": ("mdev_virtio", "vhost_mdev", "IFC VF vhost accelerator (virtio ring compatible)"),

@@ -22,9 +22,8 @@ REVISION: Final = 1
 
 # -- capabilities (4.1.4) ----------------------------------------------------------------------------------------------
 CAP_VENDOR: Final = 0x09
-#: Bytes of struct virtio_pci_cap, and of the one for the notify area with its multiplier.
+#: Bytes of struct virtio_pci_cap; that of the notify area has its multiplier behind it.
 CAP_SIZE: Final = 16
-NOTIFY_CAP_SIZE: Final = 20
 
 
 class Cfg(IntEnum):

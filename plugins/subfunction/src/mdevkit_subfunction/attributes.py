@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from mdevkit_subfunction.eswitch import Eswitch, Port
 
-_ADDRESS: Final = Text(r"|[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}", "an address like 02:00:00:00:00:01")
-
 
 def _switch(parent: Parent) -> Eswitch:
     switch: Eswitch = parent.ops.eswitch  # type: ignore[attr-defined]  # this parent's ops have one
@@ -93,7 +91,7 @@ def type_attributes() -> tuple[Attribute[Any], ...]:
 DEVICE_ATTRIBUTES: Final = (
     Attribute(
         "hw_addr",
-        _ADDRESS,
+        Text(f"|{words.ADDRESS}", "an address like 02:00:00:00:00:01"),
         "Ethernet address; by default that of the port, else one made from the UUID.",
         show=lambda mdev: _port(mdev).hw_addr.hex(":"),
         create=True,
@@ -109,7 +107,7 @@ DEVICE_ATTRIBUTES: Final = (
     Attribute("port", Int(), "Index of the port.", show=lambda mdev: _port(mdev).index),
     Attribute(
         "representor",
-        Text(r"|[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}", "the name of a network interface"),
+        Text(f"|{words.NETDEV}", "the name of a network interface"),
         "Name of the port's representor; by default that of the port, else one made of its number.",
         show=lambda mdev: _port(mdev).netdev,
         create=True,

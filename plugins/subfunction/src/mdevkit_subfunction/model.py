@@ -160,10 +160,12 @@ class SubfunctionDevice(PciDevice):
         except OSError:
             fault = regs.FAULT
         with self.lock:
-            if self._arriving is frame and not self._stopped:
+            if self._arriving is not frame:
+                return  # a reset has thrown it away; there may be another one by now, which has its own turn
+            self._arriving = None
+            if not self._stopped:
                 self.state.rx_posted, self.state.rx_length = 0, len(frame)
                 self._happened(regs.RX_DONE | fault)
-            self._arriving = None
 
     # -- migration, under the lock ------------------------------------------------------------------------------------------
 

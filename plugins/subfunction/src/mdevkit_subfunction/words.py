@@ -19,8 +19,9 @@ from mdevkit_subfunction.eswitch import FLAVOURS
 PORT: Final = ("flavour", "name", "uuid", "pfnum", "sfnum")
 #: devlink's word for a sub-function of the vendor's own driver.
 _ALIASES: Final = {"pcisf": "mlx5"}
-_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")
-_ADDRESS: Final = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
+#: Patterns of a network interface's name and of an Ethernet address.
+NETDEV: Final = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}"
+ADDRESS: Final = r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}"
 
 
 def pairs(words: Sequence[str], known: Collection[str]) -> dict[str, str]:
@@ -60,14 +61,14 @@ def number(name: str, text: str) -> int:
 
 def address(text: str) -> bytes:
     """Return an Ethernet address: EINVAL."""
-    if not _ADDRESS.fullmatch(text):
+    if not re.fullmatch(ADDRESS, text):
         raise MdevError(errno.EINVAL, f"hw_addr wants an address like 02:00:00:00:00:01, not {shown(text)}")
     return bytes.fromhex(text.replace(":", ""))
 
 
 def netdev(text: str) -> str:
     """Return a network interface's name: EINVAL."""
-    if not _NAME.fullmatch(text):
+    if not re.fullmatch(NETDEV, text):
         raise MdevError(errno.EINVAL, f"name {shown(text)} is not that of a network interface (15 letters, digits, _, . or -)")
     return text
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mdevkit.attributes import Attribute, Int, Kind, Text
 from mdevkit.errors import shown
 
+from mdevkit_mbochs import edid
 from mdevkit_mbochs.attributes import AUTO, COMPAT, LOOKING, OFF
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from mdevkit_mbochs.mbochs.model import MbochsDevice
 
 _MEGABYTE: Final = 1 << 20
-#: Pixels a side that EDID can tell of; `mdevkit_mbochs.edid` says why.
-_LEAST, _MOST = 64, 4095
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,9 @@ class Resolution(Kind[tuple[int, int]]):
         if not (x and width.isascii() and width.isdigit() and height.isascii() and height.isdigit() and len(text) < 12):
             raise ValueError(f"WIDTHxHEIGHT is wanted, not {shown(text)}")
         size = int(width), int(height)
-        wide, high = (min(most or _MOST, _MOST) for most in self.limit)
-        if not (_LEAST <= size[0] <= wide and _LEAST <= size[1] <= high):
-            raise ValueError(f"{text} is not between {_LEAST}x{_LEAST} and {wide}x{high}")
+        wide, high = (min(most or edid.MOST, edid.MOST) for most in self.limit)
+        if not (edid.LEAST <= size[0] <= wide and edid.LEAST <= size[1] <= high):
+            raise ValueError(f"{text} is not between {edid.LEAST}x{edid.LEAST} and {wide}x{high}")
         if size[0] * size[1] * 4 > self.memory:
             raise ValueError(f"{text} needs more than {self.memory} bytes")
         return size

@@ -96,7 +96,9 @@ class MbochsDevice(DisplayDevice):
         return bytes(self._state)
 
     def device_restore(self, state: bytes) -> None:
-        """See `PciDevice.device_restore`."""
+        """See `PciDevice.device_restore`: EINVAL for what has not the length of a state, another version's perhaps."""
+        if len(state) != ctypes.sizeof(self._state):
+            raise MdevError(errno.EINVAL, f"{self.name}: {len(state)} bytes are not the state of this card", self)
         ctypes.memmove(ctypes.addressof(self._state), state, ctypes.sizeof(self._state))
 
     # -- the monitor -------------------------------------------------------------------------------------------------

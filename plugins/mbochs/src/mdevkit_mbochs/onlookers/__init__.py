@@ -6,6 +6,7 @@ A display has one `Onlookers`. It has a thread only while there is a socket to l
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import socket
 import threading
@@ -96,24 +97,32 @@ class Onlookers:
         with contextlib.ExitStack() as undo:
             listener = self._listen(path)
             undo.callback(unlink_socket, listener, socket_identity(path), path)
-            self._serve(undo, partial(ScreenServer, listener=listener, export=self._display.export))
+            self._serve(undo, partial(ScreenServer, listener=listener, name=self._name, export=self._display.export))
             self._screen = undo.pop_all()
         self.screen_path = path
 
     def set_vnc(self, vnc: str | None = None, password_file: str | None = None, insecure: bool | None = None) -> None:
         """Change who may look through VNC; what is None stays. Viewers are sent away when the place changes.
 
-        EINVAL for a TCP port without a password that nobody has called insecure; errors of a password file that cannot be used, and
-        of sockets that cannot be made. Then everything stays as it was.
+        EINVAL for a TCP port without a password that nobody has called insecure; ENODEV once closed; errors of a password file that
+        cannot be used, and of sockets that cannot be made. Then everything stays as it was.
         """
         with self._changes:
+            if self._closed:
+                raise MdevError(errno.ENODEV, f"{self._name} is being removed: nobody can be let in")
             vnc = self.vnc if vnc is None else vnc
             password_file = self.vnc_password_file if password_file is None else password_file
             insecure = self.vnc_insecure if insecure is None else insecure
             access.check(vnc, password_file, insecure)
-            if vnc != self.vnc:
-                self._move(vnc)
+            before = self.vnc_password_file, self.vnc_insecure
+            # First of all: whoever comes to the new place shall find the new password.
             self.vnc_password_file, self.vnc_insecure = password_file, insecure
+            try:
+                if vnc != self.vnc:
+                    self._move(vnc)
+            except BaseException:
+                self.vnc_password_file, self.vnc_insecure = before
+                raise
 
     def _move(self, vnc: str) -> None:
         """Serve viewers at another place, or nowhere."""
@@ -151,6 +160,7 @@ class Onlookers:
     def close(self) -> None:
         """Send everybody away and end the thread; nothing is served afterwards. May be called again."""
         with self._changes:
+            self._closed = True
             self._viewers.close()
             self._screen.close()
             self.vnc, self.vnc_address, self.screen_path = OFF, "", ""

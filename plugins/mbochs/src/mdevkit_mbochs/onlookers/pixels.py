@@ -59,9 +59,10 @@ OURS: Final = PixelFormat()
 
 
 class Converter:
-    """Makes pixels of one format. `compact_size` is the length of a CPIXEL (7.7.5)."""
+    """Makes pixels of the format `wanted`. `compact_size` is the length of a CPIXEL (7.7.5)."""
 
     def __init__(self, wanted: PixelFormat) -> None:
+        self.wanted: Final = wanted
         self._size: Final = wanted.bits // 8
         order = list(range(self._size))
         if wanted.big_endian:

@@ -13,6 +13,7 @@ from typing import Final
 from mdevkit import screen
 from mdevkit.errors import MdevError, wrap
 
+from mdevkit_mbochs.onlookers.acceptor import Acceptor
 from mdevkit_mbochs.onlookers.loop import Loop
 
 #: Returns the picture's place and a new descriptor of the memory; MdevError without a picture.
@@ -25,32 +26,24 @@ log = logging.getLogger("mdevkit.display")
 
 
 class ScreenServer:
-    """Serves `listener`, which its maker closes."""
+    """Serves `listener`, which its maker closes. `name` is for logs."""
 
-    def __init__(self, loop: Loop, listener: socket.socket, export: Export) -> None:
+    def __init__(self, loop: Loop, listener: socket.socket, name: str, export: Export) -> None:
         self._loop: Final = loop
-        self._listener: Final = listener
         self._export: Final = export
         self._peers: Final[set[socket.socket]] = set()
-        listener.setblocking(False)
-        loop.add(listener.fileno(), self._accept)
+        self._acceptor: Final = Acceptor(loop, listener, name, self._admit)
 
     def close(self) -> None:
         """Send everybody away."""
-        self._loop.discard(self._listener.fileno())
+        self._acceptor.close()
         for peer in list(self._peers):
             self._drop(peer)
 
-    def _accept(self, events: int) -> None:
-        del events
-        try:
-            peer, _ = self._listener.accept()
-        except OSError:
-            return
+    def _admit(self, peer: socket.socket) -> None:
         if len(self._peers) >= MOST:
             peer.close()
             return
-        peer.setblocking(False)
         self._peers.add(peer)
         self._loop.add(peer.fileno(), partial(self._serve, peer))
 

@@ -10,6 +10,7 @@ import hmac
 import os
 import zlib
 from collections.abc import Generator
+from functools import cached_property
 from typing import Final
 
 from mdevkit.errors import shown
@@ -22,6 +23,8 @@ from mdevkit_mbochs.onlookers.tiles import Area, Tile, Tiles
 
 #: Yields how many bytes are wanted next, and gets exactly those.
 _Talk = Generator[int, bytes, None]
+#: Left, top, right and bottom.
+_Box = tuple[int, int, int, int]
 
 #: How much of a clipboard is taken at once; it is thrown away.
 _CHUNK: Final = 1 << 16
@@ -49,8 +52,10 @@ class Viewer:
         self._refusal: Final = refusal
         self._shape = (0, 0)
         self._resizable = self._zrle = False
+        #: What it has asked for, followed once an update: it could say more in a moment than can be done in a minute.
+        self._format = OURS
+        self._again: _Box | None = None
         self._convert = Converter(OURS)
-        self._deflate: Final = zlib.compressobj(1)
         self._received = bytearray()
         self._talk = self._begin()
         self._needed = next(self._talk)
@@ -111,7 +116,7 @@ class Viewer:
 
     def _message(self, kind: int) -> _Talk:
         if kind == ClientMessage.SET_PIXEL_FORMAT:
-            self._convert = Converter(PixelFormat.unpack((yield rfb.PIXEL_FORMAT.size)[3:]))
+            self._format = PixelFormat.unpack((yield rfb.PIXEL_FORMAT.size)[3:])
         elif kind == ClientMessage.SET_ENCODINGS:
             (count,) = rfb.SET_ENCODINGS.unpack((yield rfb.SET_ENCODINGS.size))
             self._set_encodings((yield 4 * count))
@@ -119,7 +124,7 @@ class Viewer:
             incremental, *place = rfb.UPDATE_REQUEST.unpack((yield rfb.UPDATE_REQUEST.size))
             self.wants = True
             if not incremental:
-                self.dirty.update(self._tiles.within(*place))
+                self._show_again(*place)
         elif kind == ClientMessage.KEY_EVENT:
             yield rfb.KEY_EVENT_SIZE
         elif kind == ClientMessage.POINTER_EVENT:
@@ -130,6 +135,11 @@ class Viewer:
                 left -= len((yield min(left, _CHUNK)))
         else:
             raise RfbError(f"message {kind} is not known")
+
+    def _show_again(self, x: int, y: int, width: int, height: int) -> None:
+        """Take note of a rectangle to be sent even if nothing has changed; of several, the smallest around all."""
+        left, top, right, bottom = self._again or (x, y, x, y)
+        self._again = min(left, x), min(top, y), max(right, x + width), max(bottom, y + height)
 
     def _set_encodings(self, data: bytes) -> None:
         wanted = [int.from_bytes(data[at : at + 4], "big", signed=True) for at in range(0, len(data), 4)]
@@ -144,6 +154,7 @@ class Viewer:
         """Put what it has not seen into `out`, if it wants it and there is any; tell whether there was."""
         if not self.wants or self.out:
             return False
+        self._follow()
         if self._shape != self._tiles.size and self._resizable:
             self._shape = self._tiles.size
             self.dirty = set(self._tiles.all())
@@ -158,6 +169,20 @@ class Viewer:
         self.out += rfb.update(len(areas)) + b"".join(map(encode, areas))
         self.wants = False
         return True
+
+    def _follow(self) -> None:
+        """Do what it has said since the last update."""
+        if self._format != self._convert.wanted:
+            self._convert = Converter(self._format)
+        if self._again is not None:
+            left, top, right, bottom = self._again
+            self.dirty.update(self._tiles.within(left, top, right - left, bottom - top))
+            self._again = None
+
+    @cached_property
+    def _deflate(self) -> zlib._Compress:
+        """One for all its rectangles (7.7.6): a quarter of a megabyte, which it need not have that never gets so far."""
+        return zlib.compressobj(1)
 
     def _raw_rectangle(self, area: Area) -> bytes:
         return rfb.rectangle(*area, Encoding.RAW) + self._convert.convert(self._tiles.pixels(area))

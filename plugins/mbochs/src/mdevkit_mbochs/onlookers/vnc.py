@@ -19,6 +19,7 @@ from typing import Final
 from mdevkit.errors import MdevError
 from mdevkit.screen import Frame
 
+from mdevkit_mbochs.onlookers.acceptor import Acceptor
 from mdevkit_mbochs.onlookers.loop import Loop
 from mdevkit_mbochs.onlookers.rfb import RfbError
 from mdevkit_mbochs.onlookers.tiles import Tiles
@@ -32,8 +33,11 @@ _REST: Final = 3
 #: Seconds a viewer gets to be let in; that a wrong password costs; and to take what it is told at the end.
 PATIENCE: Final = 10.0
 PENALTY: Final = 1.0
-#: Viewers at the same time.
+#: Viewers at the same time; and connections, with those who are to be told that there is no room.
 MOST: Final = 16
+MOST_CONNECTIONS: Final = 2 * MOST
+#: Bytes taken from a viewer at once: it can say something laborious with every few, and others wait meanwhile.
+_PART: Final = 1 << 12
 
 Scanout = Callable[[], tuple[Frame, mmap] | None]
 #: Returns what viewers must know, None for nothing; MdevError keeps everybody out.
@@ -56,33 +60,29 @@ class VncServer:
 
     def __init__(self, loop: Loop, listener: socket.socket, name: str, scanout: Scanout, password: Password) -> None:
         self._loop: Final = loop
-        self._listener: Final = listener
         self._name: Final = name
         self._scanout: Final = scanout
         self._password: Final = password
         self._tiles = Tiles()
         self._connections: Final[set[_Connection]] = set()
+        #: 0 while nothing has been seen.
         self._next_look = 0.0
-        listener.setblocking(False)
-        loop.add(listener.fileno(), self._accept)
+        self._acceptor: Final = Acceptor(loop, listener, name, self._admit)
         loop.ticks.append(self._tick)
 
     def close(self) -> None:
         """Send everybody away."""
         self._loop.ticks.remove(self._tick)
-        self._loop.discard(self._listener.fileno())
+        self._acceptor.close()
         for connection in list(self._connections):
             self._drop(connection)
 
     # -- connections -------------------------------------------------------------------------------------------------
 
-    def _accept(self, events: int) -> None:
-        del events
-        try:
-            sock, _ = self._listener.accept()
-        except OSError:
+    def _admit(self, sock: socket.socket) -> None:
+        if len(self._connections) >= MOST_CONNECTIONS:
+            sock.close()
             return
-        sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = _Connection(sock, self._greet(), time.monotonic() + PATIENCE)
@@ -113,7 +113,7 @@ class VncServer:
     def _receive(self, connection: _Connection) -> bool:
         """Take what has come; False if that was the end."""
         try:
-            data = connection.sock.recv(1 << 16)
+            data = connection.sock.recv(_PART)
         except BlockingIOError:
             return True
         except OSError:
@@ -157,13 +157,13 @@ class VncServer:
             self._loop.discard(connection.sock.fileno())
             with suppress(OSError):
                 connection.sock.close()
-            if not self._connections:
-                self._tiles = Tiles()  # megabytes nobody needs
 
     # -- time --------------------------------------------------------------------------------------------------------
 
     def _tick(self, now: float) -> float | None:
         due = [when for connection in list(self._connections) if (when := self._time(connection, now)) is not None]
+        if not self._connections:
+            return self._forget(now)
         if any(self._waits(connection) for connection in self._connections):
             self._update()
             if now >= self._next_look:
@@ -192,6 +192,12 @@ class VncServer:
         connection.deadline = now + PATIENCE
         self._send(connection)
         return connection.deadline
+
+    def _forget(self, now: float) -> float | None:
+        """Let go of what was seen, megabytes, but not before a newcomer would be looked for anew; return when that will be."""
+        if self._next_look and now >= self._next_look:
+            self._tiles, self._next_look = Tiles(), 0.0
+        return self._next_look or None
 
     def _look(self) -> None:
         """Compare the picture with what was seen last, and choose when to do so again."""
