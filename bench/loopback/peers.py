@@ -65,7 +65,7 @@ def dpdk_backend(socket: Path) -> list[str]:
 
 def our_backend(socket: Path) -> list[str]:
     """Return the command of our loopback."""
-    run = [str(MDEVKIT), "run", "mvnet_loopback-vhost", "--socket", str(socket)]
+    run = [str(MDEVKIT), "run", "mvnet_loopback-vhost", "--socket", str(socket), "--set", "spin_us=1000000"]
     return ["taskset", "-c", str(BACKEND_CPU), *run]
 
 

@@ -118,7 +118,7 @@ def nothing_left(registry, card, taker, events):
     assert (registry._uuids, card.alive, card.pool.holders, taker.held) == ({}, {}, {}, {})
     assert card.pool.free == card.pool.capacity
     assert events(registry) == [("change", "card")], "no ADD is seen"
-    assert registry._core.bound_to("bench", "taker") == []
+    assert registry._core._taken["bench", "taker"] == {}
     card.on_create = taker.on_probe = lambda *_: None
     registry.create("card-1", uuid=UUID)  # and the UUID is free again
     registry.remove(UUID)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mdevkit import Attribute, Int, MdevError, MdevType, Pool, Registry
 from mdevkit.dispatch import ParentHooks
-from mdevkit.parent import UNLIMITED, Parent, release, reserve
+from mdevkit.parent import UNLIMITED, Parent, check_room, release, reserve
 
 # -- pools -------------------------------------------------------------------------------------------------------------
 
@@ -48,6 +48,15 @@ def test_several_pools_all_or_none(fails):
     assert (ports.free, memory.free) == (1, 2)
     release({ports: 1, memory: 8}, "a")
     assert (ports.free, memory.free) == (2, 10)
+
+
+def test_room_is_looked_for_and_not_taken(fails):
+    ports, memory = Pool("ports", 2), Pool("MiB", 1)
+    check_room({ports: 2, memory: 1}, "type T")
+    reserve({memory: 1}, "a", None)
+    text = fails(errno.ENOSPC, check_room, {ports: 2, memory: 1}, "type T")
+    assert text == "type T: no instance available: 1 of 1 MiB wanted, 0 free (a holds 1)"
+    assert (ports.holders, memory.holders) == ({}, {"a": 1})
 
 
 def test_units_set_aside_are_taken_once_and_outlive_their_device(fails):

@@ -12,15 +12,18 @@ import socket
 import stat
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import rmtree
 
 import pytest
+from mdevkit_service.supervisor import _kill
 from mdevkit_service.units import units
 
 from tests.services import Running, interpreter, wait_until
 
 UUID = "83c32df7-d52e-4ec1-9668-1f3c7e4df107"
+OTHER = "c4c5a1a3-2bd4-4f83-8c9e-0a55d0d1b0aa"
 #: Somebody (nobody on every Linux), and a group he is not in by default.
 UID, GID, GROUP = 65534, 65534, "daemon"
 
@@ -80,6 +83,28 @@ def open_folder(tmp_path_factory):
     os.chown(folder, UID, GID)
     yield folder
     rmtree(folder)
+
+
+@pytest.fixture
+def roots():
+    """A folder that belongs to root."""
+    folder = Path(tempfile.mkdtemp(prefix="roots-"))
+    yield folder
+    rmtree(folder)
+
+
+def returned(client, uuid=UUID):
+    """Wait for a device to be there again after its host's death, and return it."""
+    wait_until(lambda: client.get(f"/v1/devices/{uuid}")["state"] == "bound", what="the return")
+    return client.get(f"/v1/devices/{uuid}")
+
+
+def restart(service, client, key="demo0"):
+    """Kill a host, and return the device when its next one has made it."""
+    before = service.hosts()[key]
+    service.kill_host(key)
+    wait_until(lambda: service.hosts().get(key) not in {None, before}, what="the next host")
+    return returned(client)
 
 
 def test_another_user_cannot_reach_a_users_service(service):
@@ -243,3 +268,196 @@ def test_an_impostor_of_a_host_is_not_believed(service):
         with socket.socket(socket.AF_UNIX) as real:
             real.connect(str(path))
         impostor.kill()
+
+
+# -- whoever names a path, and nobody else, has it opened with his rights ------------------------------------------------------
+
+
+def test_a_member_does_not_get_a_socket_from_roots_bind(service, member, roots, open_folder, refused):
+    service.start("--group", GROUP)
+    with service.client() as client:
+        for uuid, folder in ((UUID, roots), (OTHER, open_folder)):
+            wish = {"type": "demo-small", "uuid": uuid, "bind": False, "socket": f"{folder}//a.sock"}
+            assert member("POST", "/v1/devices", wish)["answer"]["state"] == "unbound"
+        refused("EACCES", lambda: client.post(f"/v1/devices/{UUID}/bind"), f"no permission to make files in {roots}")
+        assert list(roots.iterdir()) == []
+        assert client.post(f"/v1/devices/{OTHER}/bind")["state"] == "bound"
+        assert [path.stat().st_uid for path in open_folder.iterdir()] == [UID]
+
+
+def test_a_path_stays_with_whoever_named_it_when_the_device_is_made_again(service, member, roots, open_folder):
+    service.start("--group", GROUP)
+    path = open_folder / "inner" / "line.sock"
+    path.parent.mkdir()
+    os.chown(path.parent, UID, GID)
+    with service.client() as client:
+        client.post("/v1/devices", {"type": "demo-small", "uuid": UUID, "parent": "demo0"})
+        assert "answer" in member("PUT", f"/v1/devices/{UUID}/attributes/line", {"value": str(path)})
+        restart(service, client)
+        wait_until(path.exists)
+        assert path.stat().st_uid == UID
+        # What he could do with the folder, had root opened his path.
+        path.unlink()
+        path.parent.rmdir()
+        path.parent.symlink_to(roots)
+        assert restart(service, client)["attributes"]["line"] == ""
+        assert list(roots.iterdir()) == []
+
+
+def test_nobody_takes_over_a_path_another_has_named(service, member, open_folder, refused):
+    service.start("--group", GROUP)
+    path = open_folder / "line.sock"
+    set_line = lambda value: ("PUT", f"/v1/devices/{UUID}/attributes/line", {"value": value})  # noqa: E731
+    with service.client() as client:
+        client.post("/v1/devices", {"type": "demo-small", "uuid": UUID})
+        assert "answer" in member(*set_line(str(path)))
+        assert "answer" in member(*set_line(""))
+        refused("EPERM", lambda: client.request(*set_line(str(path))), f"user {UID} has named it, not user 0")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--endpoint-owner", "nobody"]])
+def test_what_waits_for_a_resume_gets_its_own_sockets_then(service, member, open_folder, arguments):
+    service.start("--group", GROUP, *arguments)
+    with service.client() as client:
+        client.post("/v1/suspend", {})
+        wish = {"type": "demo-small", "parent": "demo0"}
+        assert member("POST", "/v1/devices", {**wish, "uuid": UUID})["answer"]["state"] == "deferred"
+        named = {**wish, "uuid": OTHER, "socket": str(open_folder / "a.sock")}
+        assert member("POST", "/v1/devices", named)["answer"]["state"] == "deferred"
+        client.post("/v1/resume", {})
+        owners = [Path(returned(client, uuid)["endpoint"]["socket"]).stat().st_uid for uuid in (UUID, OTHER)]
+        assert owners == [UID if arguments else 0, UID]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--host-user", "daemon"]])
+def test_definitions_of_root_alone_name_paths_for_root(service, roots, arguments):
+    path = roots / "line.sock"
+    definition = service.definitions / "demo0" / UUID
+    definition.parent.mkdir(parents=True)
+    definition.write_text(json.dumps({"mdev_type": "demo-small", "start": "auto", "attrs": [{"line": str(path)}]}))
+    service.start(*arguments)
+    with service.client() as client:
+        wait_until(lambda: client.get("/v1/devices"), what="the start with the parent")
+        assert (returned(client)["attributes"]["line"], path.stat().st_uid) == (str(path), 0)
+        assert restart(service, client)["attributes"]["line"] == str(path)
+
+
+def test_devices_of_before_the_group_are_no_way_to_roots_rights(service, member, roots):
+    """A host outlives the service that started it."""
+    service.start()
+    with service.client() as client:
+        client.post("/v1/devices", {"type": "demo-small", "uuid": UUID, "parent": "demo0", "attributes": {"line": f"{roots}/a"}})
+    pid = service.hosts()["demo0"]
+    service.stop()
+    service.start("--group", GROUP)
+    assert service.hosts()["demo0"] == pid
+    assert member("PUT", f"/v1/devices/{UUID}/attributes/line", {"value": f"{roots}/b"})["errno"] == "EACCES"
+    wish = {"type": "demo-small", "parent": "demo0", "socket": f"{roots}/c"}
+    assert member("POST", "/v1/devices", wish)["errno"] == "EACCES"
+    assert [path.name for path in roots.iterdir()] == ["a"]
+
+
+def test_root_may_have_the_service_connect(service):
+    service.start("--group", GROUP)
+    with service.client() as client:
+        device = client.post("/v1/devices", {"type": "demo-small", "socket": "connect:/run/somebody.sock", "bind": False})
+    assert device["state"] == "unbound"
+
+
+@pytest.mark.parametrize("host_user", ["daemon", "root"])
+def test_a_host_that_lies_gets_nothing_for_it(service, member, roots, host_user):
+    """Vendor code can send what it likes to the service, which runs as root."""
+    service.start("--group", GROUP, "--host-user", host_user)
+    root = {"pid": 1, "uid": 0, "gid": 0, "groups": []}
+    with service.client() as client:
+        client.post(
+            "/v1/devices", {"type": "demo-small", "uuid": OTHER, "parent": "demo1", "attributes": {"line": f"{roots}/known"}}
+        )
+        client.put(f"/v1/devices/{OTHER}/attributes/line", {"value": ""})
+        (roots / "known").unlink(missing_ok=True)
+        asks = [
+            {"path": f"{roots}/nobodys", "uuid": ""},
+            {"path": f"{roots}/own", "uuid": UUID},
+            {"path": f"{roots}/later", "uuid": UUID, "request": 10**6},
+            {"path": f"{roots}/anothers", "uuid": OTHER},
+            {"path": f"{roots}/known", "uuid": OTHER},
+        ]
+        lies = [{"ask": 10**6 + number, "peer": root, **ask} for number, ask in enumerate(asks)]
+        wish = {"type": "demo-small", "uuid": UUID, "parent": "demo0", "attributes": {"note": f"lie {json.dumps(lies)}"}}
+        assert member("POST", "/v1/devices", wish)["answer"]["state"] == "bound"
+        # Opened after those, had they been opened.
+        client.put(f"/v1/devices/{UUID}/attributes/line", {"value": f"{roots}/last"})
+    assert [path.name for path in roots.iterdir()] == ["last"]
+    assert "anothers" not in (service.runtime / "devices" / f"{OTHER}.json").read_text()
+
+
+def test_creates_that_fill_a_host_get_their_sockets(service, open_folder):
+    """As many as a host carries out at once, all of which wait for the service."""
+    service.start("--group", GROUP)
+
+    def create(number):
+        with service.client() as client:
+            wish = {"type": "demo-many", "parent": "demo0", "attributes": {"note": "crowd 64"}, "socket": f"{open_folder}/{number}"}
+            return client.post("/v1/devices", wish)["state"]
+
+    with ThreadPoolExecutor(64) as pool:
+        assert set(pool.map(create, range(64))) == {"bound"}
+    assert "no answer" not in service.log()
+
+
+# -- impostors ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_service_follows_no_link_to_a_host(service, roots):
+    """The hosts' folder is the host user's, who may have it point to somebody who does not answer."""
+    service.start("--host-user", "daemon")
+    path = service.runtime / "hosts" / "demo0.sock"
+    with socket.socket(socket.AF_UNIX) as victim, service.client() as client:
+        victim.bind(str(roots / "victim.sock"))
+        victim.listen()
+        victim.setblocking(False)
+        before = service.hosts()["demo0"]
+        path.unlink()
+        path.symlink_to(roots / "victim.sock")
+        service.kill_host("demo0")
+        wait_until(lambda: client.get("/v1/hosts")[0]["pid"] not in {None, before}, what="the next host")
+        with pytest.raises(BlockingIOError):
+            victim.accept()
+
+
+def test_only_a_process_of_the_hosts_user_is_killed():
+    with subprocess.Popen(["sleep", "60"], user=UID, group=GID, extra_groups=[]) as sleeper:
+        _kill(sleeper.pid, 0)
+        _kill(2**22 + 1, UID)
+        assert sleeper.poll() is None
+        _kill(sleeper.pid, UID)
+        assert sleeper.wait(10) == -signal.SIGKILL
+
+
+# -- what is root's alone -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option", [("--group", GROUP), ("--host-user", "daemon"), ("--endpoint-owner", "nobody"), ("--endpoint-mode", "0666")]
+)
+def test_a_users_service_is_for_him_alone(service, open_folder, option):
+    command = [service.python, "-P", "-m", "mdevkit_service", "--socket", f"{open_folder}/control.sock", *option]
+    if option[0] != "--endpoint-mode":
+        install = [service.python, "-P", "-m", "mdevkit_service.units", "--folder", f"{open_folder}", *option]
+    else:
+        install = command
+    for words in (command, install):
+        done = subprocess.run(
+            words, user=UID, group=GID, extra_groups=[], capture_output=True, text=True, check=False, timeout=20, env={}
+        )
+        assert (done.returncode, "are for a service of root's" in done.stderr) == (1, True), done.stderr
+    assert list(open_folder.iterdir()) == []
+
+
+def test_the_mode_of_endpoints_needs_no_other_option(service):
+    service.start("--endpoint-mode", "0666")
+    with service.client() as client:
+        path = client.post("/v1/devices", {"type": "demo-small", "uuid": UUID})["endpoint"]["socket"]
+    assert stat.S_IMODE(Path(path).stat().st_mode) == 0o666
+    program = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+    subprocess.run([service.python, "-c", program, path], user=UID, group=GID, extra_groups=[], check=True)

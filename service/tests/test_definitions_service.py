@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import threading
 from contextlib import suppress
@@ -305,6 +306,34 @@ def test_a_service_killed_while_it_configures(service, client, write):
         wait_until(lambda: devices(client) == set())
         [parent] = client.get(f"/v1/parents?parent={P}")
         assert [type_["available_instances"] for type_ in parent["types"] if type_["id"] == T] == [8]
+
+
+def test_a_service_killed_while_it_starts_what_runs_already(service, tmp_path, write):
+    """A start that will be refused puts nothing at risk, however long it waits for what was installed meanwhile."""
+    plugins = tmp_path / "plugins"
+    plugins.mkdir()
+    service.environment["PYTHONPATH"] += f":{plugins}"
+    service.environment["MDEVKIT_PLUGINS"] = "mdevkit-demo,hangs"
+    notes = service.runtime / "definitions.json"
+
+    def unfinished():
+        return json.loads(notes.read_text())["unfinished"]
+
+    write(A, attrs=[{"moody": "4"}])
+    with service.start().client() as client:
+        client.post(f"{place(A)}/start")
+        (plugins / "hangs.py").write_text("import time\ntime.sleep(60)\n")
+        info = plugins / "hangs-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hangs\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[mdevkit.parents]\nhangs = hangs:parents\n")
+        client._send("POST", f"{place(A)}/start?ensure=1", None, {})
+        wait_until(lambda: unfinished() or select.select([client._socket], [], [], 0)[0])
+        service.kill_service()
+    service.environment["MDEVKIT_PLUGINS"] = "mdevkit-demo"
+    with service.start().client() as client:
+        wait_until(lambda: not unfinished())
+        assert devices(client) == {(A, P, T)}
 
 
 # -- what differs ----------------------------------------------------------------------------------------------------------

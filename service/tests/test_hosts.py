@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from mdevkit.client import Client
+from mdevkit_service.supervisor import BACK_OFF
 
 from tests.services import alive, wait_until
 
@@ -132,6 +133,44 @@ def test_a_host_that_cannot_be_started_is_told_of_and_tried_again(service, clien
     assert host["key"] == "demo0"
 
 
+#: A host that can be greeted, and has a bug in what comes next; tells when it was asked.
+WRONG = """
+import fcntl, os, socket, sys, time
+from mdevkit_service.wire import Reader, send
+folder, key = sys.argv[1:]
+lock = open(f"{folder}/{key}.lock", "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+print(os.getpid(), key, file=lock, flush=True)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(f"{folder}/{key}.sock")
+listener.listen()
+print("ready", flush=True)
+while True:
+    sock, _ = listener.accept()
+    print(time.monotonic(), flush=True)
+    for message, _ in Reader(sock):
+        hello = {"result": {"epoch": "one", "parents": []}}
+        wrong = {"error": {"errno": 5, "message": "the list is lost"}}
+        send(sock, {"id": message["id"], **(hello if message["op"] == "hello" else wrong)})
+"""
+
+
+def test_a_host_that_answers_wrongly_is_not_asked_without_pause(service, client):
+    service.kill_service()
+    command = [sys.executable, "-c", WRONG, service.runtime / "hosts", "wrong"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as wrong:
+        try:
+            assert wrong.stdout.readline() == "ready\n"
+            service.start()
+            first, *_, fourth = [float(wrong.stdout.readline()) for _ in range(4)]
+            with service.client() as again:
+                (error,) = [host["error"] for host in again.get("/v1/hosts") if host["key"] == "wrong"]
+        finally:
+            wrong.kill()
+    assert fourth - first > 2.5 * BACK_OFF[0]
+    assert error == "the list is lost"
+
+
 def test_a_slow_create_holds_up_nobody(service, client):
     with service.client() as slow:
         slow._send("POST", "/v1/devices", {"type": "demo-small", "parent": "demo0", "attributes": {"note": "slow 3"}}, {})
@@ -167,6 +206,38 @@ def test_devices_return_when_service_and_hosts_die(service, client):
     with service.client() as again:
         assert again.get("/v1/devices") == [before]
         assert again.get(f"/v1/devices/{UUID}/attributes/note") == {"value": "kept"}
+
+
+def gone_for_good(service):
+    """Whether nothing is left of any device, for a later service too."""
+    files = [name for name in service.files() if name.startswith("devices/")]
+    service.kill_service()
+    service.start()
+    with service.client() as again:
+        return (files, again.get("/v1/devices")) == ([], [])
+
+
+def test_a_change_during_a_removal_does_not_bring_the_device_back(service, client):
+    create(client, uuid=UUID)
+    client.put(f"/v1/devices/{UUID}/attributes/client", {"value": "pid 4711"})
+    with service.client() as remover:
+        remover._send("DELETE", f"/v1/devices/{UUID}?timeout=60", None, {})
+        wait_until(lambda: f"devices/{UUID}.gone" in service.files())
+        client.put(f"/v1/devices/{UUID}/attributes/note", {"value": "last words"})
+        assert [name for name in service.files() if UUID in name] == [f"devices/{UUID}.gone", f"devices/{UUID}.sock"]
+        client.put(f"/v1/devices/{UUID}/attributes/client", {"value": ""})
+        assert remover._head()[0] == 204
+    assert gone_for_good(service)
+
+
+def test_a_removal_during_a_change_removes_the_device_for_good(service, client):
+    create(client, uuid=UUID)
+    with service.client() as slow:
+        slow._send("PATCH", f"/v1/devices/{UUID}", {"attributes": {"note": "begun", "hang": "2"}}, {})
+        wait_until(lambda: client.get(f"/v1/devices/{UUID}/attributes/note") == {"value": "begun"})
+        client.delete(f"/v1/devices/{UUID}")
+        assert slow._head()[0] == 204
+    assert gone_for_good(service)
 
 
 def test_a_create_the_service_did_not_live_to_acknowledge_is_adopted(service, client):

@@ -70,6 +70,26 @@ def test_a_full_disk(service, refused):
         assert room["available_instances"] == 6
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_service_that_starts_on_a_full_disk_keeps_what_runs(service, refused, recorded):
+    path = f"/v1/devices/{UUID}"
+    with service.start().client() as client:
+        before = client.post("/v1/devices", {"type": "demo-small", "uuid": UUID, "parent": "demo0"})
+        fill(service.folder)
+        # The host has it, and the disk has not.
+        refused("ENOSPC", lambda: client.put(f"{path}/attributes/note", {"value": "x" * 4000}), "No space left")
+    service.kill_service()
+    if not recorded:
+        (service.runtime / "devices" / f"{UUID}.json").unlink()
+        fill(service.folder)
+    service.start()
+    with service.client() as again:
+        assert again.get("/v1/devices") == [before]
+        assert again.get(f"{path}/attributes/note") == {"value": "x" * 4000}
+        again.delete(path)
+        assert again.get("/v1/devices") == []
+
+
 def test_a_removal_needs_no_room(service):
     with service.start().client() as client:
         client.post("/v1/devices", {"type": "demo-small", "uuid": UUID})

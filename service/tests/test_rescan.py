@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import sysconfig
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
+from mdevkit_service.hosts import ASK_LIMIT
 
 from tests.services import alive, wait_until
 
@@ -84,6 +86,8 @@ def label(client):
 
 
 DEMO = {"demo0", "demo1", "twin0", "twin1"}
+#: A plugin that can be asked for its parents, and whose host never gets to serve them.
+HANGS = "import time\nfrom pathlib import Path\n\nif Path('/proc/self/comm').read_text() == 'mdev late\\n':\n    time.sleep(90)\n\n"
 
 
 def test_a_parent_that_is_installed_can_be_used_at_once_and_goes_when_it_is_removed(environment, service, client, refused):
@@ -129,6 +133,19 @@ def test_another_version_takes_the_place_of_the_first_where_no_device_holds_it(e
     assert label(client) == "two", "a device is not disturbed"
     client.delete(f"/v1/devices/{UUID}")
     wait_until(lambda: label(client) == "three", what="the exchange")
+
+
+def test_a_host_that_hangs_in_its_start_holds_up_nobody_when_its_plugin_is_exchanged(environment, service, client):
+    environment.install("late", HANGS + code("late"))
+    with service.client() as asking:
+        asking._send("GET", "/v1/parents", None, {})
+        hanging = wait_until(lambda: service.hosts().get("late"), what="the host's start")
+        environment.install("late", version="2.0")
+        wait_until(lambda: parents(client) == {*DEMO, "late"}, what="the exchange")
+    wait_until(lambda: not alive(hanging), what="the end of the host that hangs")
+    began = time.monotonic()
+    parents(client)
+    assert time.monotonic() - began < ASK_LIMIT - 1, "every request waits for a rescan that never ends"
 
 
 def test_a_parent_that_belongs_into_a_host_with_devices_waits_for_their_end(environment, service, client, refused):

@@ -119,11 +119,6 @@ class DriverCore:
             if error.errno != errno.ENODEV:  # ENODEV: it has let go of the device meanwhile
                 raise
 
-    def bound_to(self, bus: str, name: str) -> list[Device]:
-        """Return the devices a driver has bound."""
-        with self._lock:
-            return [device for device in self._taken.get((bus, name), {}).values() if device.driver == name]
-
     def bus(self, name: str) -> BusHooks:
         """Return a bus; ENODEV when it is not there."""
         try:

@@ -151,8 +151,9 @@ class Mdev(Device):
         self.type = type_
         #: Checked create parameters, as given to the vendor.
         self.params = params
-        #: Makes a socket that listens at a path, with the rights of whoever asked for that path (`mdevkit.sockets`): the
-        #: device's vendor and driver call it instead of binding paths themselves.
+        #: Makes a socket that listens at a path, with the rights of whoever named that path (`mdevkit.sockets`): the device's
+        #: vendor and driver call it instead of binding paths themselves, and for a path that a user names, first while the
+        #: call lasts that brings it (create, an attribute's store). In a service of root's, any other is EPERM.
         self.listen: Listen = listen_at
         self._class_id = 0
         self._ops: Any = None

@@ -18,6 +18,16 @@ class Endpoint(Protocol):
         ...
 
 
+def xml_attribute(text: str) -> str:
+    """Return `text` as the value of an XML attribute, quoted as libvirt does."""
+    return "'" + text.replace("&", "&amp;").replace("<", "&lt;").replace("'", "&apos;") + "'"
+
+
+def libvirt_arguments(qemu: Sequence[str]) -> list[str]:
+    """Return QEMU's arguments as part of a libvirt domain: for endpoints of a kind that libvirt has no element for."""
+    return ["<qemu:commandline>", *(f"  <qemu:arg value={xml_attribute(word)}/>" for word in qemu), "</qemu:commandline>"]
+
+
 class Driver:
     """Base of a driver. Hooks: `mdevkit.hookspecs.DriverSpec`. One object binds any number of devices."""
 

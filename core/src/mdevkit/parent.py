@@ -97,6 +97,13 @@ class Pool:
         return f"{units} of {self.capacity} {self.name} wanted, {self.free} free{held}"
 
 
+def check_room(costs: Mapping[Pool, int], subject: Any) -> None:
+    """Raise ENOSPC, as `reserve` would now, and take nothing."""
+    for pool, units in costs.items():
+        with pool._lock:
+            pool._check(units, subject)
+
+
 def reserve(costs: Mapping[Pool, int], holder: Hashable, subject: Any) -> None:
     """Take units from every pool, or from none: ENOSPC says what is short and who holds it.
 

@@ -1,8 +1,8 @@
 """Listening UNIX sockets at a path somebody asked for: how devices and drivers get theirs.
 
-A device must not open a path with more rights than whoever asked for it has, so parents and drivers do not bind paths
-themselves: they call ``mdev.listen(path)``. In a process of the user's own that is `listen_at`; a host process of the service has
-the service open it on the asker's behalf. Any thread may call.
+A device must not open a path with more rights than whoever named it has, so parents and drivers do not bind paths
+themselves: they call ``mdev.listen(path)``. In a process of the user's own that is `listen_at`; a host process of root's
+service has the service open it on his behalf. Any thread may call.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 from mdevkit.errors import MdevError
 
 from mdevkit_service import forker
-from mdevkit_service.settings import Settings, default_definitions, host_environment
+from mdevkit_service.settings import ENDPOINT_MODE, Settings, default_definitions, host_environment, only_root
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -43,7 +43,7 @@ def main() -> int:
             if lock is None:
                 return 0
             stack.callback(os.close, lock)
-            zygote = forker.spawn(host_environment(settings.brokered))
+            zygote = forker.spawn(host_environment(settings.shared))
             return _serve(settings, zygote)
     except MdevError as error:
         # The last line, without a time before it: whoever started us shows it to the user.
@@ -58,12 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--group", help="group whose members may use a service of root's")
     parser.add_argument("--host-user", help="whom hosts of a service of root's run as")
     parser.add_argument("--endpoint-owner", metavar="USER[:GROUP]", help="owner of endpoint sockets")
-    parser.add_argument("--endpoint-mode", type=lambda text: int(text, 8), default=0o600, help="their mode, octal")
+    parser.add_argument("--endpoint-mode", type=lambda text: int(text, 8), default=ENDPOINT_MODE, help="their mode, octal")
     return parser
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    return Settings(
+    """Return the settings; EPERM for those only root can keep."""
+    settings = Settings(
         socket=options.socket.absolute(),
         definitions=(options.definitions or default_definitions()).absolute(),
         group=options.group,
@@ -71,6 +72,8 @@ def _settings(options: argparse.Namespace) -> Settings:
         endpoint_owner=options.endpoint_owner,
         endpoint_mode=options.endpoint_mode,
     )
+    only_root(settings.shared)
+    return settings
 
 
 def _lock(settings: Settings) -> int | None:
@@ -110,7 +113,7 @@ async def _run(settings: Settings, zygote: tuple[socket.socket, Popen[bytes]], l
     from mdevkit_service.server import Admission, make_server
     from mdevkit_service.service import Service
 
-    processes = forker.Forker(host_environment(settings.brokered), zygote)
+    processes = forker.Forker(host_environment(settings.shared), zygote)
     service = Service(settings, processes, lambda: server.stop())
     server = make_server(make_app(service), Admission(group), service.journal.close)
     service.start()

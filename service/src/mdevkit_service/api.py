@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
 from mdevkit.errors import MdevError
 
 from mdevkit_service import power
@@ -125,8 +124,7 @@ async def get_parent_attribute(service: Service, request: Request, _body: None) 
 async def set_parent_attribute(service: Service, request: Request, body: Value) -> None:
     """Store an attribute of a parent."""
     parent, name = request.path_params["parent"], request.path_params["name"]
-    ids = msgspec.to_builtins(peer(request))
-    await service.devices.run(service.hosts.call_parent(parent, "set_parent", ids, name=name, value=body.value))
+    await service.devices.run(service.hosts.call_parent(parent, "set_parent", name=name, value=body.value))
 
 
 async def get_type_attribute(service: Service, request: Request, _body: None) -> Value:
@@ -137,9 +135,9 @@ async def get_type_attribute(service: Service, request: Request, _body: None) ->
 
 async def set_type_attribute(service: Service, request: Request, body: Value) -> None:
     """Store an attribute of a type."""
-    path, ids = request.path_params, msgspec.to_builtins(peer(request))
+    path = request.path_params
     arguments = {"type": path["type"], "name": path["name"], "value": body.value}
-    await service.devices.run(service.hosts.call_parent(path["parent"], "set_type", ids, **arguments))
+    await service.devices.run(service.hosts.call_parent(path["parent"], "set_type", **arguments))
 
 
 async def devices(service: Service, request: Request, _body: None) -> list[Device]:
@@ -184,7 +182,7 @@ async def bind(service: Service, request: Request, body: Bind) -> Device:
     if body.override and not body.driver:
         raise MdevError(errno.EINVAL, "override needs a driver")
     uuid = request.path_params["uuid"]
-    return await service.devices.run(service.devices.bind(uuid, body.driver, body.override, peer(request)))
+    return await service.devices.run(service.devices.bind(uuid, body.driver, body.override))
 
 
 async def unbind(service: Service, request: Request, body: Unbind) -> Device:

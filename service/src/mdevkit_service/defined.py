@@ -11,7 +11,7 @@ import asyncio
 import errno
 import logging
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import msgspec
@@ -19,16 +19,16 @@ from mdevkit.errors import MdevError
 
 from mdevkit_service.attrs import compare, split
 from mdevkit_service.definitions import BadDefinition, Definition, Definitions, Entry, usable
+from mdevkit_service.records import Peer
 from mdevkit_service.schema import Create, Device, DeviceDetail
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Callable, Coroutine, Iterable, Iterator
     from pathlib import Path
 
     from mdevkit_service.devices import Devices
     from mdevkit_service.hosts import Hosts
     from mdevkit_service.journal import Journal
-    from mdevkit_service.records import Peer
     from mdevkit_service.settings import Settings
 
 log = logging.getLogger("mdevkit.service")
@@ -85,6 +85,8 @@ class Defined:
         #: Devices that an earlier service has left unfinished.
         self._left: Final = set(self._notes.unfinished)
         self._tasks: Final[set[asyncio.Task[None]]] = set()
+        #: Whose rights definitions get that start with their parent: ours, unless others may have stored them.
+        self._self: Final = None if settings.group else Peer.ours()
         devices.parents_came.append(self._parents_came)
 
     # -- looking -------------------------------------------------------------------------------------------------------
@@ -199,27 +201,35 @@ class Defined:
             owner=definition.owner,
             dry_run=dry_run,
         )
-        if later and not dry_run:
-            self._notes.unfinished.append(definition.uuid)
-            self._save()
         try:
-            device = await self.devices.create(wish, peer)
-            return device if dry_run or not later else await self._configure(definition.uuid, later, peer)
+            if dry_run or not later:
+                return await self.devices.create(wish, peer)
+            with self._unfinished(definition.uuid):
+                await self.devices.create(wish, peer)
+                return await self._configure(definition.uuid, later, peer)
         except MdevError as error:
             if not ensure or error.errno != errno.EEXIST:
                 raise
             return await self._same(definition, error)
+
+    @contextmanager
+    def _unfinished(self, uuid: str) -> Iterator[None]:
+        """Have a later service remove the device if this one is killed meanwhile; EEXIST for one that is there already."""
+        self.devices.check_free(uuid)
+        self._notes.unfinished.append(uuid)
+        self._save()
+        try:
+            yield
         finally:
-            if later and not dry_run:
-                self._notes.unfinished.remove(definition.uuid)
-                self._save()
+            self._notes.unfinished.remove(uuid)
+            self._save()
 
     async def _configure(self, uuid: str, attrs: list[tuple[str, str]], peer: Peer | None) -> Device:
         """Store attributes in a device nobody uses yet, then let a driver have it; on failure the device is removed."""
         try:
             for name, value in attrs:
                 await self._store_attribute(uuid, name, value, peer)
-            return await self.devices.bind(uuid, None, False, peer)
+            return await self.devices.bind(uuid, None, False)
         except MdevError:
             await self.devices.remove(uuid, force=True)
             raise
@@ -240,7 +250,7 @@ class Defined:
 
     # -- with the parent -----------------------------------------------------------------------------------------------
 
-    def _parents_came(self, parents: list[str], _fresh: bool) -> None:
+    def _parents_came(self, parents: list[str]) -> None:
         """Start what is to start with these parents, in the background."""
         for parent in parents:
             host = self._hosts.of_parent(parent)
@@ -271,7 +281,7 @@ class Defined:
         for entry in entries:
             try:
                 if usable(entry).auto:
-                    await self.start_stored(parent, entry.uuid, None, ensure=True)
+                    await self.start_stored(parent, entry.uuid, self._self, ensure=True)
             except MdevError as error:
                 log.error("definition %s/%s: %s", parent, entry.uuid, error)
                 env = {"MDEV_PARENT": parent, "DEFINITION": "failed", "ERROR": str(error)}

@@ -105,10 +105,6 @@ class Definition:
         """Return a copy with other ``mdev_type``, ``start``, ``attrs`` or ``extra``."""
         return Definition(self.parent, self.uuid, **{**self.config, "extra": self.extra, **fields})
 
-    def same_as(self, other: Definition) -> bool:
-        """Tell whether both say the same."""
-        return (self.config, self.extra) == (other.config, other.extra)
-
     def __repr__(self) -> str:
         return f"<Definition {self.parent}/{self.uuid}>"
 
@@ -270,10 +266,7 @@ class Definitions:
         """
 
         def store(current: Entry | None) -> Definition:
-            if create and current is not None:
-                raise already_defined(definition.parent, definition.uuid)
-            if tag is not None and tag != (current.tag if current else ""):
-                raise overtaken(definition.parent, definition.uuid)
+            check_current(current, definition.parent, definition.uuid, create=create, tag=tag)
             return definition
 
         return self.update(definition.parent, definition.uuid, store)
@@ -303,8 +296,7 @@ class Definitions:
             current = self._read(parent, uuid)
             if current is None or folder < 0:
                 raise MdevError(errno.ENODEV, f"Mediated device {parent}/{uuid} is not defined", uuid)
-            if tag is not None and current.tag != tag:
-                raise overtaken(parent, uuid)
+            check_current(current, parent, uuid, tag=tag)
             with _telling(f"definition {parent}/{uuid} cannot be removed", path):
                 os.unlink(uuid, dir_fd=folder)
                 os.fsync(folder)
@@ -334,9 +326,13 @@ def already_defined(parent: str, uuid: str) -> MdevError:
     return MdevError(errno.EEXIST, f"Device {uuid} on {parent} already defined", uuid)
 
 
-def overtaken(parent: str, uuid: str) -> MdevError:
-    """Return the error for a definition that is not the one a change was made from."""
-    return MdevError(errno.EAGAIN, f"definition {parent}/{uuid} has been changed by somebody else meanwhile; try again", uuid)
+def check_current(current: Entry | None, parent: str, uuid: str, *, create: bool = False, tag: str | None = None) -> None:
+    """Raise EEXIST with `create` when there is a definition, EAGAIN when `tag` names another than the one there is."""
+    if create and current is not None:
+        raise already_defined(parent, uuid)
+    if tag is not None and tag != (current.tag if current else ""):
+        message = f"definition {parent}/{uuid} has been changed by somebody else meanwhile; try again"
+        raise MdevError(errno.EAGAIN, message, uuid)
 
 
 def _check_name(uuid: str) -> None:

@@ -11,7 +11,7 @@ from mdevkit.errors import MdevError
 from mdevkit_service.api import Operation, Query, flag, peer
 from mdevkit_service.apply import Apply, Changes, apply
 from mdevkit_service.defined import DefinitionInfo
-from mdevkit_service.definitions import Definition, already_defined, check_attributes, check_parent, overtaken, uuid_of
+from mdevkit_service.definitions import Definition, check_attributes, check_current, check_parent, uuid_of
 from mdevkit_service.schema import Device
 
 if TYPE_CHECKING:
@@ -60,10 +60,7 @@ async def store_definition(service: Service, request: Request, body: StoreDefini
     attrs = check_attributes(body.attrs)
 
     def change(current: Entry | None) -> Definition:
-        if create and current is not None:
-            raise already_defined(parent, uuid)
-        if tag is not None and tag != (current.tag if current else ""):
-            raise overtaken(parent, uuid)
+        check_current(current, parent, uuid, create=create, tag=tag)
         extra = dict(current.extra) if isinstance(current, Definition) else {}
         if body.owner is not msgspec.UNSET:
             extra["owner"] = body.owner

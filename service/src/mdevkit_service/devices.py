@@ -24,6 +24,7 @@ from mdevkit.names import parse_uuid
 from mdevkit_service.link import HostDiedError, Link
 from mdevkit_service.records import Life, Peer, Record, Records
 from mdevkit_service.schema import Create, Device, DeviceDetail
+from mdevkit_service.settings import OWN_SOCKETS, endpoint_in, own_sockets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,8 +41,8 @@ T = TypeVar("T")
 
 #: What may stand before an endpoint's path, as in ``connect:PATH``: the driver's to understand.
 _WORD: Final = re.compile("[a-z]+:")
-#: What sockets a device can have in the service's own folder, behind its UUID: its endpoint, and what shows its screen.
-OWN_SOCKETS: Final = (".sock", ".screen")
+#: Fields of a record that a host may have changed while there was no service.
+_CHANGED_BY_HOSTS: Final = ("configured", "settings", "bind", "driver", "driver_override")
 #: So many deaths of its host in a row during requests about a device, and the device is not made again.
 FATAL: Final = 2
 
@@ -71,8 +72,8 @@ class Devices:
         self._folder: Final = str(settings.devices)
         self._entries: Final[dict[str, Entry]] = {}
         self._tasks: Final[set[asyncio.Task[Any]]] = set()
-        #: Called with the names of parents that can be used from now on, and whether their host has just been started.
-        self.parents_came: Final[list[Callable[[list[str], bool], None]]] = []
+        #: Called with the names of parents that can be used from now on.
+        self.parents_came: Final[list[Callable[[list[str]], None]]] = []
 
     def load(self) -> None:
         """Read the records an earlier service has left."""
@@ -170,9 +171,9 @@ class Devices:
         EINVAL, EEXIST, ENODEV (type, parent, driver), ENOENT (parameter), ENOSPC, or what vendor and driver raise.
         """
         uuid = str(parse_uuid(wish.uuid)) if wish.uuid else str(uuid4())
-        _check_socket(wish.socket, brokered=self._settings.brokered)
+        _check_socket(wish.socket, peer)
         await self._hosts.keep_up()
-        self._check_free(uuid)
+        self.check_free(uuid)
         places = self._hosts.places(wish.type, wish.parent)
         record = Record(
             uuid=uuid,
@@ -197,7 +198,8 @@ class Devices:
         entry.busy = False
         return self._device(entry, facts)
 
-    def _check_free(self, uuid: str) -> None:
+    def check_free(self, uuid: str) -> None:
+        """Raise EEXIST for the UUID of a device that is there, is about to be, or is not gone yet."""
         holder = self._entries.get(uuid)
         if holder is not None:
             message = f"UUID {uuid} is in use by a device of type {holder.record.type} on parent {holder.record.parent}"
@@ -209,7 +211,7 @@ class Devices:
         async def create(parent: str, host: HostProcess) -> dict[str, Any]:
             entry.record.parent = parent
             self._records.begin(entry.record)
-            return await self._make(host.call, entry.record)
+            return await self._make(host.call, entry.record, entry.record.peer)
 
         try:
             facts, host = await _first_with_room(places, create)
@@ -234,9 +236,10 @@ class Devices:
         device = self._device(Entry(record, Life.NEW), None)
         return msgspec.structs.replace(device, state="planned")
 
-    def _make(self, call: Callable[..., Awaitable[dict[str, Any]]], record: Record) -> Awaitable[dict[str, Any]]:
-        """Have a host make the device of a record."""
-        peer = msgspec.to_builtins(record.peer) if self._settings.brokered else None
+    def _make(
+        self, call: Callable[..., Awaitable[dict[str, Any]]], record: Record, peer: Peer | None = None
+    ) -> Awaitable[dict[str, Any]]:
+        """Have a host make the device of a record, the first time on behalf of `peer`."""
         return call(
             "create",
             about=record.uuid,
@@ -249,13 +252,9 @@ class Devices:
             bind=record.bind,
             driver=record.driver,
             driver_override=record.driver_override,
-            endpoint=record.endpoint or self._socket_of(record.uuid),
+            endpoint=record.endpoint or endpoint_in(self._folder, record.uuid),
             note=msgspec.to_builtins(record),
         )
-
-    def _socket_of(self, uuid: str) -> str:
-        """Return where a device's endpoint is unless another path was asked for."""
-        return f"{self._folder}/{uuid}{OWN_SOCKETS[0]}"
 
     def _forget(self, entry: Entry) -> None:
         """Drop a device that is not there."""
@@ -269,11 +268,11 @@ class Devices:
             self._records.drop(uuid, entry.life)
         except MdevError as error:
             log.error("%s", error)
-        for suffix in OWN_SOCKETS:
+        for path in own_sockets(endpoint_in(self._folder, uuid)):
             with suppress(FileNotFoundError):
-                os.unlink(f"{self._folder}/{uuid}{suffix}")  # noqa: PTH108
+                os.unlink(path)  # noqa: PTH108
         for path, peer in entry.record.sockets.items():
-            self._background(self._hosts.tidy(path, msgspec.to_builtins(peer)))
+            self._background(self._hosts.tidy(path, peer))
 
     # -- removing ------------------------------------------------------------------------------------------------------
 
@@ -336,8 +335,7 @@ class Devices:
         host = await self._settled_host(entry)
         if host is None or entry.error:
             raise MdevError(errno.EIO, f"device {entry.record.uuid} has failed: {entry.error or 'its parent is gone'}")
-        own = msgspec.to_builtins(peer) if self._settings.brokered else None
-        result = await host.call(op, about=entry.record.uuid, peer=own, uuid=entry.record.uuid, **arguments)
+        result = await host.call(op, about=entry.record.uuid, peer=peer, uuid=entry.record.uuid, **arguments)
         entry.deaths = 0
         return result
 
@@ -347,19 +345,19 @@ class Devices:
         kept = await self.call(uuid, "set", peer, values=values)
         if any(entry.record.settings.get(name) != value for name, value in kept.items()):
             entry.record.settings |= kept
-            self._records.update(entry.record)
+            self._remember(entry)
 
     async def configure(self, uuid: str, name: str, value: str, peer: Peer | None) -> None:
         """Store an attribute on behalf of the device's definition: a new device must be given it again in any case."""
         entry = self._entry(uuid)
         await self.call(uuid, "configure", peer, name=name, value=value)
         entry.record.configured.append((name, value))
-        self._records.update(entry.record)
+        self._remember(entry)
 
-    async def bind(self, uuid: str, driver: str | None, override: bool, peer: Peer | None) -> Device:
-        """Bind a device, by hand to `driver` or to whichever will have it."""
+    async def bind(self, uuid: str, driver: str | None, override: bool) -> Device:
+        """Bind a device, by hand to `driver` or to whichever will have it. That names no path, so it needs nobody's rights."""
         await self._hosts.keep_up()
-        facts = await self.call(uuid, "bind", peer, driver=driver, override=override)
+        facts = await self.call(uuid, "bind", driver=driver, override=override)
         return self._bound(uuid, facts, driver)
 
     async def unbind(self, uuid: str, force: bool, timeout: float | None) -> Device:
@@ -371,15 +369,20 @@ class Devices:
         facts = await self.call(uuid, "override", driver=driver)
         entry = self._entry(uuid)
         entry.record.driver_override = driver or None
-        self._records.update(entry.record)
+        self._remember(entry)
         return self._device(entry, facts)
 
     def _bound(self, uuid: str, facts: dict[str, Any], driver: str | None) -> Device:
         entry = self._entry(uuid)
         record = entry.record
         record.bind, record.driver, record.driver_override = facts["driver"] is not None, driver, facts["driver_override"]
-        self._records.update(record)
+        self._remember(entry)
         return self._device(entry, facts)
+
+    def _remember(self, entry: Entry) -> None:
+        """Store what has changed about a device, unless it was removed while its host made the change."""
+        if self._entries.get(entry.record.uuid) is entry:
+            self._records.update(entry.record, entry.life)
 
     # -- what becomes of hosts (Owner) ---------------------------------------------------------------------------------
 
@@ -391,7 +394,7 @@ class Devices:
         """Make a host's devices and the records agree, for a host that has just been connected or started."""
         listed = {facts["uuid"]: facts for facts in await link.call("devices")}
         for uuid, facts in listed.items():
-            self._found(uuid, facts)
+            self._found(host, uuid, facts)
         for entry in [entry for entry in self._entries.values() if self._host(entry) is host]:
             if entry.record.uuid in listed or entry.busy:
                 continue
@@ -400,23 +403,43 @@ class Devices:
             else:
                 self._forget(entry)
 
-    def _found(self, uuid: str, facts: dict[str, Any]) -> None:
-        """Take note that a host has this device: it gets a record if it has none, and one that was half-way is put right."""
+    def _found(self, host: HostProcess, uuid: str, facts: dict[str, Any]) -> None:
+        """Take note that a host has this device: it gets a record if it has none, and one that was half-way is put right.
+
+        What cannot be written is so in memory: no full disk makes a device fail that runs.
+        """
         entry = self._entries.get(uuid)
-        if entry is None:
-            record = _record_of(facts)
-            self._entries[uuid] = Entry(record, Life.THERE)
-            self._records.update(record)
-            log.warning("device %s had no record; it has one now", uuid)
-        elif not entry.busy:
-            if entry.life is not Life.THERE:
-                self._records.turn(uuid, entry.life, Life.THERE)
-            entry.life, entry.error = Life.THERE, None
-            record = _record_of(facts)
-            record.sockets = entry.record.sockets
-            if facts.get("note") and record != entry.record:
-                entry.record = record
-                self._records.update(record)
+        try:
+            if entry is None:
+                log.warning("device %s had no record; it gets one", uuid)
+                entry = self._entries[uuid] = Entry(self._adopted(host, uuid, facts), Life.THERE)
+                self._remember(entry)
+            elif self._host(entry) is not host:
+                log.error("host %s has a device %s, which is another host's", host.key, uuid)
+            elif not entry.busy:
+                self._put_right(entry, facts)
+        except MdevError as error:
+            log.error("%s", error)
+
+    def _adopted(self, host: HostProcess, uuid: str, facts: dict[str, Any]) -> Record:
+        """Return a record for a device without one; EINVAL for what cannot be the host's. Another user's gives no rights."""
+        record = _record_of(facts)
+        if record.uuid != str(parse_uuid(uuid)) or record.parent not in host.parents:
+            raise MdevError(errno.EINVAL, f"host {host.key} has no device {uuid} on parent {record.parent}", uuid)
+        if self._settings.host_user is not None:
+            record.peer, record.sockets = None, {}
+        return record
+
+    def _put_right(self, entry: Entry, facts: dict[str, Any]) -> None:
+        before, entry.life, entry.error = entry.life, Life.THERE, None
+        record = _as_in_host(entry.record, facts.get("note"))
+        changed = record != entry.record
+        if changed:
+            entry.record = record
+        if before is not Life.THERE:
+            self._records.turn(record.uuid, before, Life.THERE)
+        if changed:
+            self._remember(entry)
 
     async def _remake(self, entry: Entry, link: Link) -> None:
         """Make a device again in a new host. One that cannot be made stays, failed, and so does one that is fatal."""
@@ -439,10 +462,10 @@ class Devices:
         env = {"MDEV_TYPE": record.type, "MDEV_PARENT": record.parent, "MDEV_STATE": "failed", "ERROR": reason}
         self._journal.emit("change", record.uuid, env)
 
-    def running(self, host: HostProcess, fresh: bool) -> None:
+    def running(self, host: HostProcess) -> None:
         """See `Keeper.running`."""
         for listener in self.parents_came:
-            listener(list(host.parents), fresh)
+            listener(list(host.parents))
 
     def died(self, host: HostProcess, reason: str, about: list[str]) -> None:
         """Report a host's death on its parents and devices."""
@@ -483,22 +506,37 @@ class Devices:
             return
         entry = self._entries.get(uuid)
         if uuid in listed:
-            self._found(uuid, listed[uuid])
+            self._found(host, uuid, listed[uuid])
         elif entry is not None and not entry.busy and host is self._host(entry) and not entry.error:
             self._forget(entry)
 
-    async def opened(self, path: str, peer: Any, uuid: str) -> int:
+    async def opened(self, host: HostProcess, uuid: str, path: str, peer: Peer | None) -> int:
         """See `Keeper.opened`."""
-        ours = path in {f"{self._folder}/{uuid}{suffix}" for suffix in OWN_SOCKETS}
         entry = self._entries.get(uuid)
-        if not ours and peer is not None and entry is not None and path not in entry.record.sockets:
-            # Noted before it is made: whoever removes the device, a later service too, removes it.
-            entry.record.sockets[path] = msgspec.convert(peer, Peer)
-            if entry.life is Life.NEW:
-                self._records.begin(entry.record)
-            elif entry.life is Life.THERE:
-                self._records.update(entry.record)
-        return await self._hosts.open(path, peer, ours=ours)
+        if entry is None or self._host(entry) is not host:
+            raise MdevError(errno.EPERM, f"cannot listen at {path}: this host has no device {uuid}", path)
+        if str(Path(path)) in own_sockets(endpoint_in(self._folder, uuid)):
+            return await self._hosts.open_own(path)
+        before = entry.record.sockets.get(path)
+        asker = _asker(entry.record, path, peer)
+        # Noted before it is made: whoever removes the device, a later service too, removes it.
+        self._note_socket(entry, path, asker)
+        try:
+            return await self._hosts.open(path, asker)
+        except MdevError:
+            self._note_socket(entry, path, before)
+            raise
+
+    def _note_socket(self, entry: Entry, path: str, peer: Peer | None) -> None:
+        """Remember with whose rights a path is opened, or that it is not."""
+        sockets = entry.record.sockets
+        if peer == sockets.get(path):
+            return
+        if peer is None:
+            del sockets[path]
+        else:
+            sockets[path] = peer
+        self._remember(entry)
 
 
 async def _first_with_room(
@@ -517,16 +555,40 @@ async def _first_with_room(
     raise full
 
 
-def _check_socket(text: str | None, *, brokered: bool) -> None:
+def _asker(record: Record, path: str, peer: Peer | None) -> Peer:
+    """Return whose rights a device's path is opened with: those of whoever has named it, now or before; EPERM for nobody.
+
+    Nobody else gets it opened by naming it again, nor by setting or binding what makes the device open it.
+    """
+    endpoint = record.endpoint is not None and str(Path(path)) in own_sockets(record.endpoint)
+    before = record.peer if endpoint else record.sockets.get(path)
+    asker = peer or before
+    if asker is None:
+        raise MdevError(errno.EPERM, f"cannot listen at {path}: nobody asked for it", path)
+    if before is not None and before.uid != asker.uid:
+        raise MdevError(errno.EPERM, f"cannot listen at {path}: user {before.uid} has named it, not user {asker.uid}", path)
+    return asker
+
+
+def _check_socket(text: str | None, peer: Peer | None) -> None:
     """Refuse what is no place for an endpoint: an absolute path, with a word before it for one that is made by the client."""
     if text is None:
         return
     _, colon, path = text.partition(":") if _WORD.match(text) else ("", "", text)
     if not Path(path).is_absolute():
         raise MdevError(errno.EINVAL, f"{path!r} is not an absolute path", path)
-    if colon and brokered:
-        message = f"{text!r}: devices of a system's service listen and connect nowhere, since that would be with its rights"
+    if colon and peer is not None and peer.uid not in {0, os.getuid()}:
+        message = f"{text!r}: devices of others listen and connect nowhere, since that would be with the rights of their host"
         raise MdevError(errno.EPERM, message, text)
+
+
+def _as_in_host(record: Record, note: Any) -> Record:
+    """Return a record with what its host has changed; who asked for the device, and where it is, no host can change."""
+    try:
+        told = msgspec.convert(note, Record)
+    except msgspec.ValidationError:
+        return record
+    return msgspec.structs.replace(record, **{name: getattr(told, name) for name in _CHANGED_BY_HOSTS})
 
 
 def _record_of(facts: dict[str, Any]) -> Record:

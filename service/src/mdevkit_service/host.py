@@ -24,6 +24,7 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -49,7 +50,7 @@ log = logging.getLogger("mdevkit.host")
 IDLE_LIMIT: Final = 5.0
 #: Seconds a new host waits for one that is about to end.
 _LOCK_LIMIT: Final = 5.0
-#: The most requests of one service that are carried out at once.
+#: The most requests of one service that are carried out at once. One more thread reads: they may wait for what it reads.
 _WORKERS: Final = 64
 
 
@@ -66,9 +67,10 @@ def run(parent_socket: socket.socket, catalog: Catalog, arguments: dict[str, Any
     os.environ["MDEVKIT_FRONT"] = arguments["front"]
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO, force=True)
     with _locked(arguments["lock"], arguments["key"]), _listening(arguments["socket"]) as listener:
-        with Registry(catalog=catalog) as registry:
+        broker = Broker(arguments["folder"]) if arguments["brokered"] else None
+        with Registry([broker] if broker else (), catalog=catalog) as registry:
             _load(registry, arguments)
-            host = Host(registry, arguments["key"], listener, Broker() if arguments.get("brokered") else None)
+            host = Host(registry, arguments["key"], listener, broker)
             send(parent_socket, {"ready": os.getpid()})
             parent_socket.close()
             host.serve()
@@ -157,8 +159,6 @@ class Host:
         self._connections: Final[set[Connection]] = set()
         self._idle_since = time.monotonic()
         self._stopping = os.eventfd(0)
-        if broker is not None:
-            registry.listen = broker.listen
 
     def stop(self) -> None:
         """End `serve`, from any thread."""
@@ -216,6 +216,8 @@ class Connection:
         self._alarm: Subscription | None = None
         self._workers = 0
         self._idle = 0
+        #: Read while every worker was busy.
+        self._queue: Final[deque[Message]] = deque()
         self._ended = False
         self._add_worker()
 
@@ -267,18 +269,28 @@ class Connection:
     def _next(self) -> Message | None:
         """Return the next request, in our turn; None at the end."""
         with self._counting:
+            if self._queue:
+                return self._queue.popleft()
             self._idle += 1
         with self._reading:
-            with self._counting:
-                self._idle -= 1
-            message = None if self._ended else self._read()
-            if message is None:
-                if not self._ended:
-                    self._ended = True
-                    self._end()
-            elif not self._idle and self._workers < _WORKERS:
+            while (message := None if self._ended else self._read()) is not None:
+                if self._may_leave(message):
+                    return message
+            if not self._ended:
+                self._ended = True
+                self._end()
+            return None
+
+    def _may_leave(self, message: Message) -> bool:
+        """Let the reader carry out what it has read if another thread reads on; else leave that to whoever is ready first."""
+        with self._counting:
+            if self._idle == 1 and self._workers > _WORKERS:
+                self._queue.append(message)
+                return False
+            self._idle -= 1
+            if not self._idle:
                 self._add_worker()
-            return message
+            return True
 
     def _read(self) -> Message | None:
         """Return the next message that is a request; others are dealt with at once."""
@@ -304,13 +316,15 @@ class Connection:
             self._sock.close()
 
     def _carry_out(self, message: Message) -> None:
-        with self._host.broker.acting(self, message) if self._host.broker else contextlib.nullcontext():
+        with self._host.broker.acting(self, message["id"]) if self._host.broker else contextlib.nullcontext():
             self.send(answer(self._host.ops, message))
 
     def _hello(self, message: Message) -> None:
         """Introduce ourselves, then send every event after the one the service saw last."""
         host, after = self._host, message["args"]["seen"].get(self._host.epoch, 0)
         events = host.registry.events
+        if host.broker:
+            host.broker.connected(self)
         facts = {"key": host.key, "epoch": host.epoch, "pid": os.getpid(), "parents": host.ops.parents()}
         self.send({"id": message["id"], "result": facts})
         self._events = events.subscribe(min(after, events.last))

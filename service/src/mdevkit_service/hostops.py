@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mdevkit.device import Mdev
 from mdevkit.errors import MdevError, wrap
 from mdevkit.names import parse_uuid
-from mdevkit.parent import release, reserve
+from mdevkit.parent import check_room
 
 from mdevkit_service.scout import refresh
 
@@ -170,8 +170,7 @@ class HostOps:
         """Raise what a create would, as far as it can be told without creating: parameters, instances."""
         type_ = self._registry.type(type, parent)
         type_.device_table.parameters(attributes, type_)
-        reserve(type_.costs, "dry run", type_)
-        release(type_.costs, "dry run")
+        check_room(type_.costs, type_)
 
     def remove(self, uuid: str, *, force: bool, timeout: float | None) -> None:
         """Remove a device."""

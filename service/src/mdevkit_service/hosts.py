@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from mdevkit_service.forker import Forker
     from mdevkit_service.journal import Journal
+    from mdevkit_service.records import Peer
     from mdevkit_service.settings import Settings
 
 log = logging.getLogger("mdevkit.service")
@@ -260,9 +261,9 @@ class Hosts:
             raise self._no_parent(name, self._parents)
         return host
 
-    async def call_parent(self, parent: str, op: str, peer: Any = None, **arguments: Any) -> Any:
+    async def call_parent(self, parent: str, op: str, **arguments: Any) -> Any:
         """Have a parent's host carry out an operation on it; ENODEV."""
-        return await self._known(parent).call(op, peer=peer, parent=parent, **arguments)
+        return await self._known(parent).call(op, parent=parent, **arguments)
 
     def running(self) -> list[HostProcess]:
         """Return the hosts that take requests."""
@@ -300,26 +301,25 @@ class Hosts:
         infos = [_info(host) for host in self._hosts.values()]
         return infos + [HostInfo(name, None, "failed", 0, [], reason) for name, reason in self._broken.items()]
 
-    async def open(self, path: str, peer: Any, *, ours: bool) -> int:
-        """Return a descriptor that listens at `path`: with the rights of `peer`, or as our own endpoint socket."""
-        settings = self._settings
-        if ours:
-            arguments = {"path": path, "mode": settings.endpoint_mode, "owner": settings.endpoint_owner}
-        elif peer is None:
-            raise MdevError(errno.EPERM, f"cannot listen at {path}: nobody asked for it", path)
-        else:
-            arguments = {"path": path, "uid": peer["uid"], "gid": peer["gid"], "groups": peer["groups"]}
-        _, fds = await self._forker.ask("listen", arguments, SCOUT_LIMIT)
+    async def open_own(self, path: str) -> int:
+        """Return a descriptor that listens at `path` in our own folder, for whoever may attach to devices."""
+        return await self._open(path, mode=self._settings.endpoint_mode, owner=self._settings.endpoint_owner)
+
+    async def open(self, path: str, peer: Peer) -> int:
+        """Return a descriptor that listens at `path`, made with the rights of `peer`."""
+        return await self._open(path, uid=peer.uid, gid=peer.gid, groups=peer.groups)
+
+    async def _open(self, path: str, **how: Any) -> int:
+        _, fds = await self._forker.ask("listen", {"path": path, **how}, SCOUT_LIMIT)
         return fds[0]
 
-    async def tidy(self, path: str, peer: Any) -> None:
+    async def tidy(self, path: str, peer: Peer) -> None:
         """Remove a socket nobody listens on any more, with the rights of whoever had it made."""
-        if peer is not None:
-            arguments = {"path": path, "unlink": True, "uid": peer["uid"], "gid": peer["gid"], "groups": peer["groups"]}
-            try:
-                await self._forker.ask("listen", arguments, SCOUT_LIMIT)
-            except MdevError as error:
-                log.warning("%s stays: %s", path, error)
+        arguments = {"path": path, "unlink": True, "uid": peer.uid, "gid": peer.gid, "groups": peer.groups}
+        try:
+            await self._forker.ask("listen", arguments, SCOUT_LIMIT)
+        except MdevError as error:
+            log.warning("%s stays: %s", path, error)
 
 
 def _parent(facts: dict[str, Any]) -> Parent:

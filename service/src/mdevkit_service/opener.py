@@ -37,6 +37,7 @@ def run(sock: socket.socket, _catalog: Catalog, arguments: dict[str, Any]) -> No
         return
     if not arguments.get("owner"):
         become(arguments)
+    os.umask(0)  # this process has no other file to make, and `mode` says it all
     with listen_at(path, mode) as listener:
         if arguments.get("owner"):
             os.chown(path, *ids(arguments["owner"]), follow_symlinks=False)

@@ -37,6 +37,11 @@ class Peer(msgspec.Struct, frozen=True):
     gid: int
     groups: list[int] = []
 
+    @classmethod
+    def ours(cls) -> Peer:
+        """Return this process's own."""
+        return cls(os.getpid(), os.getuid(), os.getgid(), os.getgroups())
+
 
 class Record(msgspec.Struct):
     """What it takes to make the device again."""
@@ -119,18 +124,18 @@ class Records:
         record.boot = self._boot
         self._write(self._path(record.uuid, Life.NEW), record)
 
-    def update(self, record: Record) -> None:
-        """Store what has changed about a device."""
+    def update(self, record: Record, life: Life) -> None:
+        """Store what has changed about a device, which stays where it is in its life."""
         record.boot = self._boot
         temporary = f"{self._base}/{record.uuid}.tmp"
         self._write(temporary, record)
         with _told(temporary):
-            os.rename(temporary, self._path(record.uuid, Life.THERE))  # noqa: PTH104
+            os.rename(temporary, self._path(record.uuid, life))  # noqa: PTH104
 
     def turn(self, uuid: str, before: Life, after: Life) -> None:
-        """Take a device's next step."""
+        """Take a device's next step; nothing for one whose record could not be written."""
         path = self._path(uuid, before)
-        with _told(path):
+        with _told(path), suppress(FileNotFoundError):
             os.rename(path, self._path(uuid, after))  # noqa: PTH104
 
     def drop(self, uuid: str, life: Life) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 
@@ -194,7 +192,3 @@ class Problem(msgspec.Struct):
     status: int
     detail: str
     errno: str
-
-
-#: Whatever JSON a definition part adds.
-Json = Any

@@ -17,10 +17,15 @@ from mdevkit.sockets import MAX_PATH
 
 from mdevkit_service.opener import ids
 
+#: What sockets of its own a device can have, behind the same name: its endpoint, and what shows its screen.
+OWN_SOCKETS: Final = (".sock", ".screen")
 #: Bytes that come after the runtime folder in the longest path of a socket: ``/devices/<uuid>.sock``.
 _LONGEST: Final = len("/devices/") + 36 + len(".screen")
 #: The longest host key that is a file name as it is; a longer one is abbreviated by a hash.
 _KEY_MAX: Final = 32
+
+#: The mode of endpoint sockets unless another is asked for.
+ENDPOINT_MODE: Final = 0o600
 
 #: What a host sees of the environment of whoever started the service.
 _KEPT: Final = frozenset(
@@ -45,7 +50,7 @@ class Settings:
     host_user: str | None = None
     #: Owner and group of endpoint sockets ("qemu:kvm"), and their mode.
     endpoint_owner: str | None = None
-    endpoint_mode: int = 0o600
+    endpoint_mode: int = ENDPOINT_MODE
 
     @property
     def runtime(self) -> Path:
@@ -63,9 +68,14 @@ class Settings:
         return self.runtime / "devices"
 
     @property
-    def brokered(self) -> bool:
-        """Whether hosts get listening sockets from the service, as they may not or shall not make them."""
-        return os.getuid() == 0 and bool(self.group or self.host_user or self.endpoint_owner)
+    def shared(self) -> bool:
+        """Whether others than our user are to use the service or its devices; only root can have that."""
+        return bool(self.group) or not self.ordinary
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether devices' own sockets are as our user makes them, in hosts that are our user's."""
+        return not (self.host_user or self.endpoint_owner) and self.endpoint_mode == ENDPOINT_MODE
 
     @property
     def host_ids(self) -> dict[str, Any]:
@@ -84,7 +94,7 @@ class Settings:
         if len(os.fsencode(self.runtime)) + _LONGEST > MAX_PATH:
             limit = MAX_PATH - _LONGEST
             raise MdevError(errno.ENAMETOOLONG, f"{self.runtime} is too long for the sockets in it: {limit} bytes at most")
-        mode = 0o711 if self.brokered else 0o700
+        mode = 0o711 if self.shared else 0o700
         _make(self.runtime, mode)
         _make(self.devices, mode)
         _make(self.hosts, 0o700, self.host_ids)
@@ -106,6 +116,24 @@ def _make(folder: Path, mode: int, owner: Mapping[str, Any] | None = None) -> No
         raise
     except OSError as error:
         raise MdevError(error.errno or errno.EIO, f"{folder} cannot be made: {error.strerror}", folder) from error
+
+
+def only_root(asked: bool) -> None:
+    """Refuse, with EPERM, what is asked of a service that is not root's: that others use it or its devices."""
+    if asked and os.getuid() != 0:
+        message = "a group, a host user, and an owner or mode of endpoints are for a service of root's; a user's is for him alone"
+        raise MdevError(errno.EPERM, message)
+
+
+def endpoint_in(folder: str, uuid: str) -> str:
+    """Return where a device's endpoint is unless another path was asked for."""
+    return f"{folder}/{uuid}{OWN_SOCKETS[0]}"
+
+
+def own_sockets(endpoint: str) -> list[str]:
+    """Return the paths of the sockets a device has without more being asked for: its endpoint's, and those beside it."""
+    base, _ = os.path.splitext(Path(endpoint))  # noqa: PTH122  (a path without a name has no stem)
+    return [str(Path(endpoint)), *(base + suffix for suffix in OWN_SOCKETS[1:])]
 
 
 def file_name(key: str) -> str:

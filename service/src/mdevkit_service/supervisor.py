@@ -13,6 +13,7 @@ import os
 import signal
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from mdevkit.errors import MdevError
@@ -21,10 +22,9 @@ from mdevkit.sockets import is_stale
 from mdevkit_service.link import HostDiedError, Link
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mdevkit_service.forker import Child, Forker
     from mdevkit_service.journal import Journal
+    from mdevkit_service.records import Peer
     from mdevkit_service.settings import Settings
     from mdevkit_service.wire import Message
 
@@ -46,8 +46,8 @@ class Keeper(Protocol):
     async def connected(self, host: HostProcess, link: Link) -> None:
         """Make the host's devices and the records agree; requests to the host wait meanwhile."""
 
-    def running(self, host: HostProcess, fresh: bool) -> None:
-        """Take note that a host takes requests; `fresh` if its process has just been started."""
+    def running(self, host: HostProcess) -> None:
+        """Take note that a host takes requests."""
 
     def died(self, host: HostProcess, reason: str, about: list[str]) -> None:
         """Take note of a host's death, during requests `about` these devices."""
@@ -55,8 +55,11 @@ class Keeper(Protocol):
     def happened(self, host: HostProcess, message: Message) -> None:
         """Take note of events, or of a number of lost ones."""
 
-    async def opened(self, path: str, peer: Any, uuid: str) -> int:
-        """Return a descriptor that listens at `path` for `peer`, on account of a device."""
+    async def opened(self, host: HostProcess, uuid: str, path: str, peer: Peer | None) -> int:
+        """Return a descriptor that listens at `path` for one of the host's devices; `peer` names paths for it just now.
+
+        The host may ask anything: EPERM for a path that nobody who may use it has named.
+        """
 
 
 class HostProcess:
@@ -103,6 +106,8 @@ class HostProcess:
             if stop:
                 await self._stop(self._link)
             self._link.close()
+        if self.state == "starting":
+            self._turn("failed", "it was ended")
 
     async def _stop(self, link: Link) -> None:
         try:
@@ -117,8 +122,8 @@ class HostProcess:
         while self.state == "starting":
             await self._changed.wait()
 
-    async def call(self, op: str, *, about: str = "", peer: Any = None, **arguments: Any) -> Any:
-        """Have the host carry out an operation: EAGAIN when it does not run, HostDiedError when it dies of it."""
+    async def call(self, op: str, *, about: str = "", peer: Peer | None = None, **arguments: Any) -> Any:
+        """Have the host carry out an operation: EAGAIN while it starts, EIO when that failed, HostDiedError when it dies of it."""
         if self.state != "running":
             await self._wait_settled()
         if self._link is None or self.state != "running":
@@ -136,9 +141,9 @@ class HostProcess:
     async def _run(self) -> None:
         while True:
             try:
-                fresh = await self._bring_up()
+                await self._bring_up()
                 self._turn("running")
-                self._keeper.running(self, fresh)
+                self._keeper.running(self)
                 await self._serve()
             except HostDiedError:
                 log.error("host %s died while its devices were made", self.key)
@@ -163,6 +168,7 @@ class HostProcess:
         self._drop_link()
         if self.state != "failed":
             self._keeper.died(self, reason, [])
+        self._delay = max(self._delay, BACK_OFF[0])
         self._turn("failed", reason)
 
     async def _reason(self) -> str:
@@ -177,10 +183,9 @@ class HostProcess:
             self._link.close()
             self._link = None
 
-    async def _bring_up(self) -> bool:
-        """Connect to the host that runs, or to a new one, and bring its devices in order; return whether it is new."""
+    async def _bring_up(self) -> None:
+        """Connect to the host that runs, or to a new one, and bring its devices in order."""
         link = await self._greet()
-        fresh = link is None
         if self.epoch and (link is None or link.epoch != self.epoch):
             await self._mourn()
         if link is None:
@@ -194,14 +199,13 @@ class HostProcess:
         self._link, self.epoch = link, link.epoch
         self.parents = {parent["name"]: parent for parent in link.parents}
         await self._keeper.connected(self, link)
-        return fresh
 
     async def _greet(self) -> Link | None:
         """Connect to the host that runs, if one does; one that does not answer is ended."""
         lost = asyncio.Event()
         try:
             path = self._settings.host_file(self.key, ".sock")
-            link = Link.connect(path, self._told, lambda: self._gone(lost), self._settings.host_ids.get("uid"))
+            link = Link.connect(path, self._told, lambda: self._gone(lost), self._uid)
         except MdevError:
             return None
         try:
@@ -210,7 +214,7 @@ class HostProcess:
             log.error("host %s: %s", self.key, error)
             if error.errno == errno.ETIMEDOUT:
                 # It has stopped serving devices too, or it would answer: nothing is lost that is not lost already.
-                os.kill(link.pid, signal.SIGKILL)
+                _kill(link.pid, self._uid)
             link.close()
             return None
         self._lost = lost
@@ -238,6 +242,9 @@ class HostProcess:
         child = self._child = await self._forker.fork("host", self._arguments())
         try:
             message, _ = await child.answer(START_LIMIT)
+        except asyncio.CancelledError:
+            self._forker.kill(child)  # it holds the lock, which the next host of this key waits for
+            raise
         except TimeoutError:
             self._forker.kill(child)
             raise MdevError(errno.ETIMEDOUT, f"the host did not start within {START_LIMIT:g} s; see {self._log}") from None
@@ -247,6 +254,12 @@ class HostProcess:
             child.channel.close()
         if "error" in message:
             raise MdevError(message["error"]["errno"], message["error"]["message"])
+
+    @property
+    def _uid(self) -> int:
+        """Whom it runs as."""
+        uid: int = self._settings.host_ids.get("uid", os.getuid())
+        return uid
 
     @property
     def _log(self) -> Path:
@@ -261,26 +274,28 @@ class HostProcess:
             "socket": str(file(self.key, ".sock")),
             "log": str(self._log),
             "front": str(file(self.key, ".front")),
-            "brokered": self._settings.brokered,
+            # With root's rights nothing is opened for others; what a host may make itself is fixed for as long as it lives.
+            "brokered": os.getuid() == 0,
+            "folder": str(self._settings.devices) if self._settings.ordinary else "",
             "user": self._settings.host_ids,
         }
 
     # -- what the host tells -------------------------------------------------------------------------------------------
 
-    def _told(self, message: Message) -> None:
+    def _told(self, link: Link, message: Message) -> None:
         if "ask" in message:
-            task = asyncio.create_task(self._open(message))
+            task = asyncio.create_task(self._open(link, message))
             self._helpers.add(task)
             task.add_done_callback(self._helpers.discard)
         else:
             self._keeper.happened(self, message)
 
-    async def _open(self, message: Message) -> None:
-        """Answer the host's request for a socket."""
-        link = self._link
-        assert link is not None
+    async def _open(self, link: Link, message: Message) -> None:
+        """Answer the host's request for a socket. Who asked for it is what we know, not what a host says."""
+        about, peer = link.requests.get(message.get("request", 0), ("", None))
+        uuid = message["uuid"]
         try:
-            fd = await self._keeper.opened(message["path"], message["peer"], message["uuid"])
+            fd = await self._keeper.opened(self, uuid, message["path"], peer if about == uuid else None)
         except MdevError as error:
             reply, fds = {"answer": message["ask"], "error": {"errno": error.errno, "message": str(error)}}, []
         else:
@@ -292,6 +307,17 @@ class HostProcess:
         finally:
             for own in fds:
                 os.close(own)
+
+
+def _kill(pid: int, uid: int) -> None:
+    """End a process if it is `uid`'s: whoever can make a socket can make it say any process id, and have ids used again."""
+    with suppress(OSError):
+        fd = os.pidfd_open(pid)
+        try:
+            if Path(f"/proc/{pid}").stat().st_uid == uid:
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+        finally:
+            os.close(fd)
 
 
 def _read_lock(lock: Path) -> tuple[int | None, str]:

@@ -17,6 +17,7 @@ from mdevkit.paths import SYSTEM_RUNTIME
 
 from mdevkit_service.opener import ids
 from mdevkit_service.server import group_id
+from mdevkit_service.settings import only_root
 
 _SOCKET: Final = """\
 # Written by: mdevkit service install
@@ -79,8 +80,9 @@ RestrictNamespaces=yes
 
 
 def units(options: argparse.Namespace) -> dict[str, str]:
-    """Return the units by file name; EINVAL for a user or group there is not."""
+    """Return the units by file name; EINVAL for a user or group there is not, EPERM for what only root's service can have."""
     system = os.getuid() == 0
+    only_root(bool(options.group or options.host_user or options.endpoint_owner))
     group_id(options.group)
     words = [
         sys.executable,

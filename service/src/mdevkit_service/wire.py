@@ -151,8 +151,7 @@ class Channel:
             self._loop.remove_reader(self._sock)
             self._loop.remove_writer(self._sock)
             self._frames.close()
-            for _, fds in self._queue:
-                _close_all(fds)
+            self._drop_queue()
             self._sock.close()
 
     def _writable(self) -> None:
@@ -170,8 +169,12 @@ class Channel:
             return
         except OSError:
             # Whatever the other side has sent before it ended is still read; then the stream ends there too.
-            self._queue.clear()
+            self._drop_queue()
         self._loop.remove_writer(self._sock)
+
+    def _drop_queue(self) -> None:
+        while self._queue:
+            _close_all(self._queue.popleft()[1])
 
     def _readable(self) -> None:
         try:

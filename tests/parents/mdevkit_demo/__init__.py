@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
+import json
 import signal
 import socket
 import threading
@@ -88,10 +90,11 @@ class DemoDriver(Driver):
 
     @hookimpl
     def driver_let_go(self, device: DemoMdev, timeout: float, force: bool) -> None:
-        client = device.values["client"]
-        if client and not force:
-            time.sleep(timeout)  # what a client that does not react costs
-            raise MdevError(errno.EBUSY, f"{device} is in use by {client}", device)
+        deadline = time.monotonic() + timeout
+        while (client := device.values["client"]) and not force:
+            if time.monotonic() >= deadline:
+                raise MdevError(errno.EBUSY, f"{device} is in use by {client}", device)
+            time.sleep(0.01)  # nothing tells that an attribute has changed
 
     @hookimpl
     def driver_suspend(self, device: DemoMdev) -> None:
@@ -123,6 +126,15 @@ def _die(number: int) -> None:
 
 def _crash(mdev: DemoMdev, value: int) -> None:
     _die(value or signal.SIGSEGV)
+
+
+def _lie(messages: list[dict[str, Any]]) -> None:
+    """Tell the service what our host would not, as vendor code that means harm can: it has all that its process has."""
+    from mdevkit_service.host import Connection
+
+    for connection in [found for found in gc.get_objects() if isinstance(found, Connection)]:
+        for message in messages:
+            connection.send(message)
 
 
 def _assign(mdev: DemoMdev, value: int) -> None:
@@ -188,6 +200,8 @@ class DemoParent(ParentOps):
         self.types = _types(Pool("slots", SLOTS))
         self.label = "none"
         self.crash_on_create = False
+        #: Creates that wait until so many have begun.
+        self.crowd: dict[str, threading.Barrier] = {}
         self.attributes = (
             Attribute("label", Text(), "Any text.", lambda _parent: self.label, self._set_label),
             Attribute(
@@ -209,6 +223,10 @@ class DemoParent(ParentOps):
             raise OSError(errno.EIO, "the demo hardware does not answer")
         if params["note"].startswith("slow "):
             time.sleep(float(params["note"].removeprefix("slow ")))  # a vendor that takes its time
+        if params["note"].startswith("crowd "):
+            self.crowd.setdefault(params["note"], threading.Barrier(int(params["note"].removeprefix("crowd ")))).wait(20)
+        if params["note"].startswith("lie "):
+            _lie(json.loads(params["note"].removeprefix("lie ")))
         listener: socket.socket | None = mdev.listen(params["line"]) if params["line"] else None
         mdev.set_state({**params, "moody": 0, "client": "", "listener": listener, "assigned": []})
 

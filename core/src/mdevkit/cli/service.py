@@ -38,7 +38,7 @@ def start(
     endpoint_owner: Annotated[
         str | None, typer.Option(metavar="USER[:GROUP]", help="As root: who may attach to devices, e.g. libvirt-qemu:kvm.")
     ] = None,
-    endpoint_mode: Annotated[str | None, typer.Option(metavar="OCTAL", help="Mode of devices' sockets; 0600.")] = None,
+    endpoint_mode: Annotated[str | None, typer.Option(metavar="OCTAL", help="As root: mode of devices' sockets; 0600.")] = None,
 ) -> None:
     """Start the service in the background, unless it runs."""
     given = {
