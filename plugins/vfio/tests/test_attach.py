@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from xml.etree import ElementTree as ET
 
 import pytest
 from mdevkit import MdevError, MdevType, ParentOps, Registry, hookimpl
@@ -33,10 +34,15 @@ class Card(ParentOps):
 
 
 @pytest.fixture
-def attach(tmp_path):
-    """What is told for a client, by the type's group."""
+def registry():
     with Registry([VfioBus(), VfioMdevDriver(), Card()]) as registry:
-        yield lambda group, client: registry.create(f"card-{group}", endpoint_path=str(tmp_path / "s")).endpoint.attach(client)
+        yield registry
+
+
+@pytest.fixture
+def attach(registry, tmp_path):
+    """What is told for a client, by the type's group."""
+    return lambda group, client: registry.create(f"card-{group}", endpoint_path=str(tmp_path / "s")).endpoint.attach(client)
 
 
 def test_a_device_alone_is_all_most_need(attach, tmp_path):
@@ -56,6 +62,15 @@ def test_libvirt_is_told_the_same(attach, group, shared):
     lines = attach(group, "libvirt")
     assert [line for line in lines if "access mode='shared'" in line] == lines[:shared]
     assert lines[shared] == "<qemu:commandline>"
+
+
+def test_a_path_with_signs_that_mean_something_in_xml(registry, tmp_path):
+    path = str(tmp_path / 'it\'s <a> & "b"')
+    mdev = registry.create("card-plain", endpoint_path=path)
+    lines = [line.replace("qemu:", "") for line in mdev.endpoint.attach("libvirt")]
+    words = [argument.get("value") for argument in ET.fromstring("\n".join(lines))]
+    assert words == mdev.endpoint.attach("qemu")
+    assert json.loads(words[1])["socket"]["path"] == path
 
 
 def test_dpdk_has_no_vfio_user(attach):

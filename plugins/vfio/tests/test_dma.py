@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from mdevkit.errors import MdevError
-from mdevkit_vfio.dma import MAX_DESCRIPTORS, MAX_MAPS, Dma
+from mdevkit_vfio.dma import MAX_DESCRIPTORS, MAX_MAPS, Dma, _Piece, _write_mapped
 from mdevkit_vfio.ops import DmaRegion
 
 PAGE = 4096
@@ -200,6 +201,65 @@ def test_memory_truncated_during_the_accesses_never_kills_us(dma: Dma) -> None:
     thread.join()
     os.close(fd)
     assert outcomes <= {0, errno.EFAULT}
+
+
+def test_memory_of_huge_pages(dma: Dma) -> None:
+    """Where no client can get any, the error says so."""
+    fd = os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_HUGETLB)
+    page = os.fstat(fd).st_blksize
+    os.ftruncate(fd, 2 * page)
+    dma.map(region(0x1000, 2 * page, fd))
+    try:
+        mmap.mmap(fd, 2 * page).close()
+    except OSError:
+        sentence = "the memory behind DMA address 0x1000 cannot be mapped: Cannot allocate memory"
+        assert refused(dma.write, 0x1000, b"x") == (errno.ENOMEM, sentence)
+        return
+    dma.write(0x1000 + page - 2, b"abcd")
+    assert dma.read(0x1000 + page - 2, 4) == b"abcd"
+    os.ftruncate(fd, page)
+    assert refused(dma.write, 0x1000 + page, b"x")[0] == errno.EFAULT
+
+
+class TestWritesThroughAMapping:
+    """What hugetlbfs needs, on a file that is always to be had."""
+
+    SIZE = 16 * PAGE
+
+    @pytest.fixture
+    def fd(self) -> Iterator[int]:
+        fd = memory_file(self.SIZE)
+        yield fd
+        os.close(fd)
+
+    @pytest.mark.parametrize(("position", "count"), [(0, PAGE), (1, 1), (PAGE - 1, 2), (100, 15 * PAGE), (15 * PAGE, PAGE)])
+    def test_they_arrive_where_they_belong(self, fd: int, position: int, count: int) -> None:
+        before = open_files()
+        offset = position // 2
+        piece = _Piece(region(0x100, self.SIZE - offset, fd, offset), 0x100 + position - offset, count)
+        _write_mapped(piece, memoryview(b"x" * count))
+        assert os.pread(fd, self.SIZE, 0) == bytes(position) + b"x" * count + bytes(self.SIZE - position - count)
+        assert open_files() == before
+
+    def test_memory_truncated_meanwhile_is_a_fault_and_never_kills_us(self, fd: int) -> None:
+        stopping = threading.Event()
+
+        def truncate() -> None:
+            while not stopping.is_set():
+                os.ftruncate(fd, 0)
+                os.ftruncate(fd, self.SIZE)
+
+        thread = threading.Thread(target=truncate)
+        thread.start()
+        outcomes = set()
+        for _ in range(1000):
+            try:
+                _write_mapped(_Piece(region(0, self.SIZE, fd), 0, self.SIZE), memoryview(bytes(self.SIZE)))
+            except MdevError as error:
+                outcomes.add((error.errno, str(error)))
+        stopping.set()
+        thread.join()
+        assert outcomes == {(errno.EFAULT, "the client has truncated the memory behind DMA address 0x0")}
 
 
 @pytest.mark.parametrize("seal", [fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, fcntl.F_SEAL_WRITE])

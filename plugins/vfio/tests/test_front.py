@@ -5,10 +5,14 @@ The processes are those of nursery.py, whose device counts every access. Kills a
 
 import contextlib
 import errno
+import fcntl
 import os
+import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -144,6 +148,52 @@ def test_guest_memory_survives(nursery, client, bar):
     while bar.read_int(DMA, 4) != 200:
         assert time.monotonic() < deadline
     assert client.transact(Command.DMA_UNMAP, proto.DmaUnmap(0, gone.iova, PAGE).pack()).error == errno.ENOENT
+
+
+def test_what_is_posted_survives(memfd, eventfd, nursery, client, bar):
+    client.config.write_int(4, 2, 0x4)
+    gone, memory, line = client.dma_map(SOURCE + PAGE, PAGE), memfd(PAGE), eventfd()
+    os.pwrite(memory, b"\2" * 100, 0)
+    post = client.channel.post
+    post(Command.DMA_MAP, proto.DmaMap(proto.DMA_READABLE, 0, SOURCE, PAGE).pack(), [memory])
+    post(Command.DMA_UNMAP, proto.DmaUnmap(0, gone.iova, PAGE).pack())
+    post(Command.DEVICE_SET_IRQS, proto.SetIrqs(IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER, Irq.INTX, 0, 1).pack(), [line])
+    for expected in (200, 400):
+        assert bar.read_int(DMA, 4) == expected - 200
+        nursery.replace()
+        bar.write_int(PIN, 4, 1)
+        assert select.select([line], [], [], 5)[0]
+        os.eventfd_read(line)
+        bar.write_int(PIN, 4, 0)
+        client.unmask(Irq.INTX)
+        bar.write_int(DMA, 4, 1)
+        deadline = time.monotonic() + 5
+        while bar.read_int(DMA, 4) != expected:
+            assert time.monotonic() < deadline
+    assert client.transact(Command.DMA_UNMAP, proto.DmaUnmap(0, gone.iova, PAGE).pack()).error == errno.ENOENT
+
+
+def test_what_is_posted_has_no_reply(connect_to, nursery):
+    """Neither when it is done, nor when it is refused, nor when there is no process for it."""
+    wire = connect_to(nursery.path)
+    unmap = proto.message(1, Command.DMA_UNMAP, proto.DmaUnmap(0, SOURCE, PAGE).pack(), proto.NO_REPLY)
+    for _ in range(3):
+        wire.send(proto.message(1, Command.DMA_MAP, proto.DmaMap(3, 0, SOURCE, PAGE).pack(), proto.NO_REPLY))
+        wire.send(unmap + unmap)
+        assert wire.read(0, LENGTH, 4) == bytes(4)
+        nursery.kill()
+        wire.send(unmap)
+        nursery.start()
+
+
+def test_what_is_posted_and_comes_too_late_has_no_reply_either(connect_to, make_nursery):
+    nursery = make_nursery(patience=0.5)
+    wire = connect_to(nursery.path)
+    assert wire.read(0, LENGTH, 4) == bytes(4)
+    nursery.kill()
+    wire.send(proto.message(1, Command.DMA_UNMAP, proto.DmaUnmap(0, SOURCE, PAGE).pack(), proto.NO_REPLY))
+    assert wire.refused(Command.REGION_READ, proto.Access(LENGTH, 0, 4).pack()) == errno.ETIMEDOUT
+    nursery.start()
 
 
 def test_memory_reached_by_message_survives(nursery, client, bar):
@@ -305,6 +355,49 @@ def test_a_device_that_takes_too_long_costs_one_answer(nursery):
             bar.write_int(DIE, 4, 5200)
         assert 4 < time.monotonic() - began < 5
         assert [bar.read_int(TICKET, 4) for _ in range(5)] == [1, 2, 3, 4, 5]
+
+
+def test_messages_without_a_pause_do_not_put_a_late_answer_off(make_nursery):
+    """A processor waits for its access while another one goes on writing."""
+    nursery = make_nursery(patience=1)
+    with VfioUserClient.connect(nursery.path) as client:
+        bar = client.region(0)
+        failures = []
+        waiting = threading.Thread(target=lambda: failures.append(_failure(bar.write_int, DIE, 4, 4000)))
+        waiting.start()
+        while waiting.is_alive():
+            bar.write_int(SUM, 4, 0, posted=True)
+            waiting.join(0.02)
+        assert failures == [errno.ETIMEDOUT]
+
+
+def _failure(call, *arguments):
+    """The errno a call fails with; 0 if it does not."""
+    try:
+        call(*arguments)
+    except MdevError as error:
+        return error.errno
+    return 0
+
+
+def test_a_header_cut_short_costs_its_sender_the_connection(connect_to, nursery, until):
+    wire = connect_to(nursery.path)
+    for _ in range(3):
+        wire.read(0, LENGTH, 4)
+    # It claims to be whole, and what it lacks is that of the last message.
+    wire.send(proto.message(7, Command.REGION_READ, b"")[:4] + (8).to_bytes(4, sys.byteorder))
+    until(lambda: _unread(wire.sock) == 0)
+    wire.send(proto.message(8, Command.DEVICE_RESET))
+    header, _, _ = wire.receive()
+    assert (header.id, header.command, header.error) == (7, Command.REGION_READ, errno.EINVAL)
+    assert wire.ended()
+    assert "has died" not in nursery.log
+    assert connect_to(nursery.path).read(0, LENGTH, 4) == bytes(4)
+
+
+def _unread(sock):
+    """How much of what was sent the other end has not taken (SIOCOUTQ, unix(7))."""
+    return struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0]
 
 
 def test_a_process_that_stays_away_costs_answers_in_time(nursery):

@@ -26,8 +26,6 @@ PAGE = mmap.PAGESIZE
 ARM = IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER
 UNMASK = IrqSet.DATA_NONE | IrqSet.ACTION_UNMASK
 FULL = 0xFFFF_FFFF_FFFF_FFFE
-
-
 STANDARD = {0: Bar(256, "io"), 1: Bar(4096)}
 
 
@@ -280,6 +278,17 @@ def test_the_next_client_gets_memory_the_last_one_cannot_see() -> None:
     device.release()
 
 
+def test_nor_memory_of_a_client_whose_leaving_the_vendor_fails_at() -> None:
+    device = mapped_board()
+    device.open(NoMemory())
+    device.bar_memory(2)[:6] = b"secret"
+    device.failing = "detached"
+    device.release()
+    device.open(NoMemory())
+    assert device.bar_memory(2)[:6] == bytes(6)
+    device.release()
+
+
 def test_memory_of_a_bar_that_has_none() -> None:
     device = Board({0: Bar(4096)})
     with pytest.raises(ValueError, match="BAR 0 is not a mapped one"):
@@ -483,6 +492,41 @@ def test_without_a_client_a_job_is_dropped() -> None:
     board = Board()
     board.defer(lambda: pytest.fail("ran"))
     assert not workers()
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A system that has no thread left, until undone."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        yield patch
+
+
+def test_jobs_wait_for_a_worker_that_cannot_start(
+    board: Board, no_threads: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ran, done = list[int](), threading.Event()
+    board.defer(lambda: ran.append(1))
+    assert "pci worker cannot start, its jobs have to wait: can't start new thread" in caplog.text
+    no_threads.undo()
+    board.defer(lambda: ran.append(2))
+    board.defer(done.set)
+    assert done.wait(5)
+    assert ran == [1, 2]
+
+
+def test_a_device_whose_worker_could_not_start_has_a_next_client(board: Board, no_threads: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    board.defer(lambda: ran.append(1))
+    board.release()
+    assert board.log == ["detached", "reset"]
+    no_threads.undo()
+    board.open(NoMemory())
+    assert not ran
 
 
 def test_release_ends_the_worker_and_drops_waiting_jobs(board: Board) -> None:

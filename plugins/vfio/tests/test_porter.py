@@ -1,6 +1,7 @@
 """The porter's patience and its own end: real processes, whose patience is short."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -10,9 +11,11 @@ import threading
 import pytest
 from mdevkit.errors import MdevError
 from mdevkit.sockets import listen_at
+from mdevkit_vfio import proto
 from mdevkit_vfio.client import VfioUserClient
 from mdevkit_vfio.front.wire import USUAL_LIMITS
 from mdevkit_vfio.pci import PciDevice, PciIds
+from mdevkit_vfio.proto import Command
 from mdevkit_vfio.transport import Fronts, ParkedServer
 
 PORTER = """
@@ -124,7 +127,21 @@ def test_a_server_gets_another_porter_and_keeps_its_socket(folder, control, port
     assert not server.path.exists()
 
 
-def test_a_server_that_gets_no_socket_from_the_next_porter_says_so_until_it_does(folder, control, porter, parked, until):
+@pytest.fixture
+def thousand_files():
+    """As many descriptors as a host of a thousand devices has: those that come next are beyond what select(2) can take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    files = [os.eventfd(0) for _ in range(1024)]
+    yield
+    for fd in files:
+        os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_server_that_gets_no_socket_from_the_next_porter_says_so_until_it_does(
+    folder, control, porter, parked, until, thousand_files
+):
     """A porter told to end takes the sockets away, and whoever makes them may refuse to do it without being asked by anybody."""
     allowed = threading.Event()
     allowed.set()
@@ -144,3 +161,17 @@ def test_a_server_that_gets_no_socket_from_the_next_porter_says_so_until_it_does
     until(lambda: server.failure is None)
     with VfioUserClient.connect(server.path) as client:
         assert client.config.read_int(0, 2) == 1
+
+
+def test_a_server_that_fails_says_so(folder, control, porter, parked, until, monkeypatch):
+    server = parked("one")
+
+    def fail(control):
+        raise ValueError("a bug of ours")
+
+    monkeypatch.setattr(server, "_step", fail)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(server.path))
+        client.sendall(proto.message(1, Command.VERSION, proto.Version(0, 2).pack()))
+        until(lambda: not server.path.exists())
+    assert str(server.failure) == "one is not served any more: ValueError: a bug of ours"

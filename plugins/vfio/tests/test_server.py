@@ -16,6 +16,7 @@ from mdevkit.errors import MdevError
 from mdevkit_vfio import proto
 from mdevkit_vfio.ops import Client
 from mdevkit_vfio.proto import Command
+from mdevkit_vfio.reception import Reception
 from mdevkit_vfio.server import VfioUserServer
 from mdevkit_vfio.uapi import IrqSet
 
@@ -475,6 +476,18 @@ def test_closing_sends_those_away_who_wait(server, connect):
     waiting.send(VERSION[:16])
     server.close()
     assert waiting.receive()[0].error == errno.ENODEV
+
+
+def test_a_server_that_fails_says_so(server, connect, until, caplog, monkeypatch):
+    def fail(reception, attached, timeout):
+        raise ValueError("a bug\nof ours")
+
+    monkeypatch.setattr(Reception, "wait", fail)
+    connect(server, hello=False)
+    until(lambda: not server.path.exists())
+    assert str(server.failure) == "device0 is not served any more: ValueError: a bug of ours"
+    assert server.failure.errno == errno.EIO
+    assert "device0: the server failed" in caplog.text
 
 
 def test_a_server_survives_a_shortage_of_descriptors(server, connect, until, caplog, monkeypatch):

@@ -206,6 +206,24 @@ def test_get_irq_info(wire):
     assert wire.refused(Command.DEVICE_GET_IRQ_INFO, struct.pack("=IIII", 8, 0, 2, 0)) == errno.EINVAL
 
 
+@pytest.fixture
+def two_indexes(recorder, monkeypatch):
+    """A device that knows of no interrupts but those of its first two indexes, as Linux's mtty."""
+
+    def irq_info(index):
+        if index > 1:
+            raise MdevError(errno.EINVAL, f"the device has no interrupt index {index}")
+        return IrqInfo(IrqFlag.EVENTFD, 1)
+
+    monkeypatch.setattr(recorder, "irq_info", irq_info)
+
+
+def test_an_index_the_device_does_not_know_has_no_interrupts(two_indexes, wire):
+    assert wire.ask(Command.DEVICE_SET_IRQS, set_irqs(0x21, 1, 0, 1)) == b""
+    assert wire.refused(Command.DEVICE_GET_IRQ_INFO, proto.pack_irq_info_request(2)) == errno.EINVAL
+    assert wire.refused(Command.DEVICE_SET_IRQS, set_irqs(0x21, 2, 0, 1)) == errno.EINVAL
+
+
 # -- region access
 
 

@@ -70,7 +70,7 @@ class Commands:
         self.writable: Final = [region.size if region.flags & RegionFlag.WRITE else 0 for region in regions]
         #: UNMASK requests that are known to be good.
         self._known_irqs: Final[dict[bytes, IrqRequest]] = {}
-        self._irqs: Final = [ops.irq_info(index).count for index in range(info.num_irqs)]
+        self._irqs: Final = [_irq_count(ops, index) for index in range(info.num_irqs)]
         #: Whole REGION_READ messages, without the id, that are known to be good.
         self.reads: Final[dict[bytes, KnownRead]] = {}
         #: Command number to handler; None where there is no such command from a client.
@@ -334,6 +334,16 @@ def _state(data: bytes) -> MigrationState:
         return MigrationState(number)
     except ValueError:
         raise proto.invalid(Command.DEVICE_FEATURE, f"there is no device state {number}") from None
+
+
+def _irq_count(ops: VfioOps, index: int) -> int:
+    """Return how many interrupts an index has: none where the device knows of no such index, as Linux's mtty of most."""
+    try:
+        return ops.irq_info(index).count
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return 0
 
 
 def _irq_request(request: proto.SetIrqs, fds: Sequence[int]) -> IrqRequest:

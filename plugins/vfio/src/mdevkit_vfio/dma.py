@@ -1,8 +1,8 @@
 """Guest memory as a device reaches it: the table of DMA maps of one client.
 
-Access goes through the map's descriptor with pread(2) and pwrite(2), never through a mapping: the file is the client's,
-who may truncate it at any time, and then a load would be SIGBUS where pread merely comes back short. Ranges without a
-descriptor are reached by messages to the client.
+Access goes through the map's descriptor with pread(2) and pwrite(2), never through loads and stores in a mapping: the file is
+the client's, who may truncate it at any time, and then a load would be SIGBUS where pread merely comes back short. Ranges
+without a descriptor are reached by messages to the client.
 
 Any thread may call in. One lock guards the table and the accesses through descriptors, which is what makes the promise of
 `unmap` true: no access after it has returned. Messages are exchanged without the lock, since the reply may arrive on the
@@ -12,17 +12,19 @@ very thread that has an unmap to process.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import threading
 from bisect import bisect_right
 from typing import Final, NamedTuple
 
-from mdevkit.errors import MdevError
+from mdevkit.errors import MdevError, wrap
 
 from mdevkit_vfio.ops import DmaRegion, DmaTransport
+from mdevkit_vfio.proto import MAX_DMA_MAPS
 
-#: Bounds on what one client may make us hold.
-MAX_MAPS: Final = 1024
+#: Bounds on what one client may make a device hold, whoever calls its ops. A server counts eventfds as well (`grants`).
+MAX_MAPS: Final = MAX_DMA_MAPS
 MAX_DESCRIPTORS: Final = 256
 
 _ADDRESS_LIMIT: Final = 1 << 64
@@ -79,7 +81,7 @@ class Dma:
     def write(self, iova: int, data: bytes | bytearray | memoryview) -> None:
         """Write `data` to guest memory at address `iova`; errors as `read`, EACCES where the device may only read.
 
-        Nothing is written unless every byte lies in a map that allows it.
+        ENOMEM where memory of huge pages can be had no more. Nothing is written unless every byte lies in a map that allows it.
         """
         view = memoryview(data).cast("B")
         messages: list[tuple[_Piece, bytes]] = []
@@ -207,8 +209,43 @@ def _pwrite(piece: _Piece, data: memoryview) -> None:
     if os.fstat(piece.region.fd).st_size < piece.position + piece.length:
         raise _truncated(piece)
     done = 0
-    while done < piece.length:
-        done += os.pwrite(piece.region.fd, data[done:], piece.position + done)
+    try:
+        while done < piece.length:
+            done += os.pwrite(piece.region.fd, data[done:], piece.position + done)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # hugetlbfs has no write(2) (fs/hugetlbfs/inode.c, hugetlbfs_file_operations).
+        _write_mapped(piece, data)
+
+
+def _write_mapped(piece: _Piece, data: memoryview) -> None:
+    """Write to a file through a mapping that lives as long as that takes.
+
+    It is the kernel that copies, out of a file of ours: where the client's is cut off it stops, and a store would be SIGBUS.
+    """
+    file = piece.region.fd
+    # Mappings begin and end at whole pages of the file.
+    page = os.fstat(file).st_blksize
+    before = piece.position % page
+    whole = -(-(before + piece.length) // page) * page
+    try:
+        with (
+            os.fdopen(os.memfd_create("dma"), "w+b", buffering=0) as source,
+            mmap.mmap(file, whole, offset=piece.position - before) as window,
+            memoryview(window)[before : before + piece.length] as target,
+        ):
+            source.write(data)
+            done = os.preadv(source.fileno(), [target], 0)
+    except ValueError:
+        # The file has become too short to be mapped.
+        raise _truncated(piece) from None
+    except OSError as error:
+        if error.errno == errno.EFAULT:
+            raise _truncated(piece) from None
+        raise wrap(error, f"the memory behind DMA address {piece.iova:#x} cannot be mapped") from error
+    if done < piece.length:
+        raise _truncated(piece)
 
 
 def _truncated(piece: _Piece) -> MdevError:

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdevkit.driver import Driver
+from mdevkit.driver import Driver, libvirt_arguments
 from mdevkit.errors import MdevError
 from mdevkit.hookspecs import hookimpl
 from mdevkit.paths import runtime_dir
@@ -58,7 +58,7 @@ class VfioUserEndpoint:
             return [*(_QEMU_MEMORY if self._shared_memory else ()), *qemu]
         if client == "libvirt":
             memory = [_LIBVIRT_MEMORY] if self._shared_memory else []
-            return [*memory, "<qemu:commandline>", *(f"  <qemu:arg value='{word}'/>" for word in qemu), "</qemu:commandline>"]
+            return [*memory, *libvirt_arguments(qemu)]
         raise MdevError(errno.EOPNOTSUPP, f"{client} cannot use a vfio-user device", client)
 
 

@@ -19,11 +19,9 @@ from typing import Final
 from mdevkit.errors import MdevError
 
 from mdevkit_vfio.descriptors import close_all
+from mdevkit_vfio.dma import MAX_DESCRIPTORS
 from mdevkit_vfio.proto import MAX_DMA_MAPS
 from mdevkit_vfio.uapi import IRQ_SET_ACTION_MASK, IrqSet
-
-#: Descriptors one client may have with us: eventfds and memory.
-MAX_DESCRIPTORS: Final = 256
 
 #: An armed eventfd: (index, action, number).
 _Slot = tuple[int, int, int]

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from mdevkit.errors import MdevError
+from mdevkit.errors import MdevError, describe
 from mdevkit.sockets import Listen, listen_at, socket_identity, unlink_socket
 
 from mdevkit_vfio.ops import Client, VfioOps
@@ -197,8 +197,9 @@ class VfioUserServer:
         try:
             while not self._closing:
                 self._once(reception)
-        except Exception:
+        except Exception as error:
             log.exception("%s: the server failed", self.name)
+            self.failure = self._ended_by(error)
         finally:
             give_back()
             reception.close()
@@ -206,6 +207,9 @@ class VfioUserServer:
             with self._lock:
                 os.close(self._wake)
                 self._wake = -1
+
+    def _ended_by(self, error: Exception) -> MdevError:
+        return MdevError(errno.EIO, f"{self.name} is not served any more: {describe(error)}", self)
 
     def _once(self, reception: Reception) -> None:
         """Wait for one event, and do what it asks for."""

@@ -38,15 +38,6 @@ from mdevkit_vfio.throttle import Throttle
 
 log = logging.getLogger("mdevkit.vfio")
 
-#: What we offer; a reply names those of them that the client named.
-OURS: Final = proto.Capabilities(
-    max_msg_fds=proto.MAX_MSG_FDS,
-    max_data_xfer_size=proto.MAX_DATA_XFER_SIZE,
-    max_dma_maps=proto.MAX_DMA_MAPS,
-    pgsizes=proto.PAGE_SIZE,
-    write_multiple=True,
-    migration_pgsize=proto.PAGE_SIZE,
-)
 #: The minor version proposed by the rust-vmm client, which waits for the data of a read even if an error reply says that
 #: there is none. It gets what a failed read returns on a PCI bus: all ones.
 _RUST_MINOR: Final = 1
@@ -207,9 +198,9 @@ class Session:
         return self._commands
 
     def _welcome(self) -> bytes:
-        """Return the reply to the client's VERSION."""
+        """Return the reply to the client's VERSION, which names those of our capabilities that the client has named."""
         asked = self._hello.version
-        answer = proto.Version(proto.MAJOR, min(asked.minor, proto.MINOR), OURS)
+        answer = proto.Version(proto.MAJOR, min(asked.minor, proto.MINOR), proto.OURS)
         return proto.reply(self._hello.id, Command.VERSION, answer.pack(asked.capabilities.named))
 
     def _refuse_hello(self, link: Link, error: MdevError) -> None:

@@ -247,8 +247,9 @@ class ParkedServer(VfioUserServer):
             while not self._closing:
                 if not self._step(registration.control):
                     registration = self._rejoin(registration)
-        except Exception:
+        except Exception as error:
             log.exception("%s: the server failed", self.name)
+            self.failure = self._ended_by(error)
         finally:
             registration.close()
             if self._next is not None:
@@ -321,7 +322,9 @@ class ParkedServer(VfioUserServer):
 
     def _pause(self, seconds: float) -> None:
         """Wait, unless the server is closed meanwhile."""
-        if select.select([self._wake], [], [], seconds)[0]:
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        if poll.poll(seconds * 1000):
             os.eventfd_read(self._wake)
 
     def _greet(self, sock: socket.socket) -> None:

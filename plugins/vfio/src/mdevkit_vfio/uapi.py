@@ -125,11 +125,3 @@ class MigrationState(IntEnum):
     RUNNING_P2P = 5
     PRE_COPY = 6
     PRE_COPY_P2P = 7
-
-
-class GfxPlaneFlag(IntFlag):
-    """``VFIO_GFX_PLANE_TYPE_*``."""
-
-    PROBE = 1
-    DMABUF = 2
-    REGION = 4

@@ -36,16 +36,6 @@ from mdevkit_vfio.uapi import (
     RegionFlag,
 )
 
-#: What the client says about itself.
-CAPABILITIES: Final = proto.Capabilities(
-    max_msg_fds=proto.MAX_MSG_FDS,
-    max_data_xfer_size=proto.MAX_DATA_XFER_SIZE,
-    max_dma_maps=proto.MAX_DMA_MAPS,
-    pgsizes=proto.PAGE_SIZE,
-    write_multiple=True,
-    migration_pgsize=proto.PAGE_SIZE,
-)
-
 TIMEOUT: Final = 5.0
 
 
@@ -239,7 +229,7 @@ class VfioUserClient:
         *,
         timeout: float = TIMEOUT,
         minor: int = proto.MINOR,
-        capabilities: proto.Capabilities = CAPABILITIES,
+        capabilities: proto.Capabilities = proto.OURS,
     ) -> Self:
         """Connect to the server at `path` and agree on a version.
 

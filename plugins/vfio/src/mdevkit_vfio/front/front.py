@@ -76,11 +76,9 @@ def _hung_up(sock: socket.socket) -> bool:
 class Turn:
     """A message of the client's that is not known to be done. Owns its descriptors."""
 
-    __slots__ = ("answer", "command", "deadline", "deaths", "fds", "id", "message", "number", "posted")
+    __slots__ = ("answer", "command", "deadline", "deaths", "fds", "id", "message", "number", "posted", "quiet")
 
-    def __init__(
-        self, number: int, ident: int, command: int, message: bytes, fds: list[int], posted: bool, deadline: float
-    ) -> None:
+    def __init__(self, number: int, ident: int, command: int, message: bytes, fds: list[int], quiet: bool, deadline: float) -> None:
         self.number = number
         self.id = ident
         self.command = command
@@ -88,7 +86,9 @@ class Turn:
         self.message = message
         self.fds = fds
         #: The client wants no reply.
-        self.posted = posted
+        self.quiet = quiet
+        #: The device sends none.
+        self.posted = quiet and command not in JOURNALED
         #: When it is answered with an error at the latest.
         self.deadline = deadline
         #: How often the device's process has died of it.
@@ -110,7 +110,8 @@ class Front:
         self._poll = select.poll()
         self._stale_poll = True
         self._over = False
-        self._idle_since = time.monotonic()
+        #: When newcomers and deadlines were looked after; events that follow each other closely must not put it off.
+        self._looked = self._idle_since = time.monotonic()
         # Of the client.
         self._client: socket.socket | None = None
         self._attach: Attach | None = None
@@ -159,7 +160,9 @@ class Front:
             self._serve_client(ready[client.fileno()])
         if porter is not None and porter.fileno() in ready:
             self._serve_porter(porter)
-        if not (ready and self._reception.empty) or self._listener.fileno() in ready:
+        now = time.monotonic()
+        if not (ready and self._reception.empty) or self._listener.fileno() in ready or now - self._looked >= TICK:
+            self._looked = now
             self._receive_newcomers(ready)
             self._expire()
             self._end_when_idle()
@@ -278,7 +281,8 @@ class Front:
                 self._client_left()
                 return
             ident, command, size, kind, _ = unpack(buffer)
-            if size != received or kind or ancillary or flags != RECEIVE_FLAGS or command in JOURNALED:
+            # Where the header is not whole, the rest of it is still the last message's.
+            if received < HEADER_SIZE or size != received or kind or ancillary or flags != RECEIVE_FLAGS or command in JOURNALED:
                 inbox.added(received, ancillary, flags)
                 self._work_off(inbox)
                 return
@@ -322,7 +326,9 @@ class Front:
                 if message.flags & TYPE_MASK == TYPE_REPLY and self._take_answer(message):
                     continue
                 size = HEADER_SIZE + len(message.payload)
-                whole = HEADER.pack(message.id, message.command, size, message.flags, 0) + message.payload
+                # What is to be remembered has to be known to be done, so the device replies even if the client wants none.
+                flags = message.flags & ~NO_REPLY if message.command in JOURNALED else message.flags
+                whole = HEADER.pack(message.id, message.command, size, flags, 0) + message.payload
                 self._add(message.id, message.command, message.flags, whole, message.fds, whole_fds=message.complete)
         except FramingError as error:
             self._client_out.send(proto.error_reply(error.id, error.command, error.errno or errno.EINVAL))
@@ -562,8 +568,9 @@ class Front:
             self._journal.enter(turn.command, turn.message[HEADER_SIZE:], turn.fds)
         elif turn.fds:
             close_all(turn.fds)
-        self._client_out.send(reply, fds)
-        self._stale_poll |= self._client_out.full
+        if not turn.quiet:
+            self._client_out.send(reply, fds)
+            self._stale_poll |= self._client_out.full
         close_all(fds)
         if not self._greeted:
             self._greeted = not refused
@@ -657,7 +664,7 @@ class Front:
                 kept.append(turn)
                 continue
             close_all(turn.fds)
-            if not turn.posted:
+            if not turn.quiet:
                 self._client_out.send(proto.error_reply(turn.id, turn.command, turn.answer))
         self._turns.extendleft(reversed(kept))
         self._held += sum(len(turn.message) for turn in kept)

@@ -20,7 +20,7 @@ from typing import Final, Protocol
 from mdevkit.errors import MdevError, wrap
 
 from mdevkit_vfio import proto
-from mdevkit_vfio.commands import PART, Commands
+from mdevkit_vfio.commands import Commands
 from mdevkit_vfio.descriptors import close_all
 from mdevkit_vfio.framing import ANCILLARY, RECEIVE_FLAGS, PeerGoneError, Received
 from mdevkit_vfio.front.wire import Attach, Private, pack, pack_parked
@@ -236,7 +236,7 @@ class ParkedSession(Session):
         turn, throttle, inbox, buffer = self._turn, self._throttle, self._inbox, self._inbox.buffer
         receive, window, send = self._sock.recvmsg_into, [inbox.view], self._sock.sendall
         read, sizes, regions, lock = self._ops.read, commands.readable, len(commands.readable), self._device_ops.lock
-        most = min(PART, self._limit)
+        most, command, kind = commands.most, int(Command.REGION_READ), proto.TYPE_REPLY
         while True:
             turn.idle = True
             received, ancillary, flags, _ = receive(window, ANCILLARY, RECEIVE_FLAGS)
@@ -249,7 +249,7 @@ class ParkedSession(Session):
                     with lock:
                         try:
                             data = read(region, offset, count)
-                            reply = _pack_reply(ident, 9, _READ_SIZE + count, 1, 0, offset, region, count) + data
+                            reply = _pack_reply(ident, command, _READ_SIZE + count, kind, 0, offset, region, count) + data
                             if len(data) != count:
                                 reply = self._short_read(offset, region, count, len(data))
                         except OSError as error:

@@ -279,9 +279,11 @@ class PciDevice:
         """Back to the state before the client; a vendor's failure must not keep the driver from going on."""
         self._needs_reset = True
         try:
-            self.device_detached()
-            for space in self._spaces.values():
-                space.drop_memory()
+            try:
+                self.device_detached()
+            finally:
+                for space in self._spaces.values():
+                    space.drop_memory()
             self._reset()
         except Exception:
             logger.exception("%s: reset after its client has gone failed", self.name)

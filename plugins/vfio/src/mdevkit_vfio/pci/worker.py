@@ -30,16 +30,26 @@ class Worker:
         """Run `job` later; ignored once stopped. What it raises is logged and ends that job only.
 
         A job that waits already is not added again (as with the kernel's queue_work), so a guest that rings a doorbell
-        without end cannot make the queue grow while the worker is held up.
+        without end cannot make the queue grow while the worker is held up. If the system has no thread left, which is logged,
+        the jobs wait until the next one is submitted.
         """
         with self._lock:
-            if self._stopped or job in self._waiting:
+            if self._stopped:
                 return
+            if job not in self._waiting:
+                self._waiting.add(job)
+                self._jobs.put(job)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
-            self._waiting.add(job)
-            self._jobs.put(job)
+                self._start()
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            logger.error("%s cannot start, its jobs have to wait: %s", self._name, error)
+        else:
+            self._thread = thread
 
     @property
     def current(self) -> bool:

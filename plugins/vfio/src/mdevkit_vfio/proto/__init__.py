@@ -92,7 +92,7 @@ from mdevkit_vfio.proto.migration import (
     parse_mig_state,
     parse_u64,
 )
-from mdevkit_vfio.proto.version import Capabilities, Version
+from mdevkit_vfio.proto.version import OURS, Capabilities, Version
 
 __all__ = [
     "ACCESS",
@@ -112,6 +112,7 @@ __all__ = [
     "MIG_STATE_SIZE",
     "MINOR",
     "NO_REPLY",
+    "OURS",
     "PAGE_SIZE",
     "READ",
     "TYPE_COMMAND",

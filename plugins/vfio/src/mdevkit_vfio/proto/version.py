@@ -6,9 +6,20 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from mdevkit_vfio.proto.header import MAX_DATA_XFER_SIZE, MAX_PEER_MSG_FDS, PAGE_SIZE, U64_MAX, Buffer, Command, at_least, invalid
+from mdevkit_vfio.proto.header import (
+    MAX_DATA_XFER_SIZE,
+    MAX_DMA_MAPS,
+    MAX_MSG_FDS,
+    MAX_PEER_MSG_FDS,
+    PAGE_SIZE,
+    U64_MAX,
+    Buffer,
+    Command,
+    at_least,
+    invalid,
+)
 
 _VERSION = struct.Struct("=HH")
 
@@ -40,6 +51,17 @@ class Capabilities:
         if self.migration_pgsize is not None:
             values["migration"] = {"pgsize": self.migration_pgsize}
         return values if only is None else {name: values[name] for name in values if name in set(only)}
+
+
+#: What both ends of this package can do.
+OURS: Final = Capabilities(
+    max_msg_fds=MAX_MSG_FDS,
+    max_data_xfer_size=MAX_DATA_XFER_SIZE,
+    max_dma_maps=MAX_DMA_MAPS,
+    pgsizes=PAGE_SIZE,
+    write_multiple=True,
+    migration_pgsize=PAGE_SIZE,
+)
 
 
 class Version(NamedTuple):
