@@ -180,6 +180,9 @@ def test_a_driver_without_kicks_is_polled(link, threads):
     thread.start()
     link.tx_ring.add([Segment(link.frame, SIZE)], [], 0)
     link.came(1)
+    before, start = thread.sleeps, time.monotonic()
+    time.sleep(0.1)  # the time over which it is counted
+    assert 0 < thread.sleeps - before <= 2000 * (time.monotonic() - start), "a thousand times a second"
 
 
 def test_paused_means_that_nothing_moves(link, threads):
@@ -261,6 +264,29 @@ def test_a_broken_ring_is_reported_and_the_others_go_on(rigs, engine, features, 
         good.send()
     good.came(10)
     assert halted == [bad.mover]
+
+
+class Hasty:
+    """An engine whose loops have been stopped before they begin, as by a pause that found the thread parked already."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def loop(self, movers, **options):
+        loop = self.engine.loop(movers, **options)
+        loop.stop()
+        return loop
+
+
+def test_a_mover_that_halts_as_the_loop_is_stopped_is_reported(link, threads):
+    halted = []
+    thread = threads(Hasty(link.rig.engine), on_halt=halted.append)
+    link.tx_ring.add([Segment(1 << 40, 100)], [], 0)
+    thread.set_movers([link.mover])
+    thread.start()
+    _until(lambda: halted)
+    with thread.paused(), thread.paused():
+        assert halted == [link.mover]
 
 
 def test_a_repaired_mover_is_moved_again(link, threads):

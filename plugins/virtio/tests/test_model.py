@@ -60,9 +60,9 @@ class Echo(VirtioModel):
     def queue_stopping(self, index, queue):
         self.log.append(f"stopping {index}")
         if index == 1:
-            for buffer in self.kept:
+            kept, self.kept = self.kept, []
+            for buffer in kept:
                 self.answer(queue, buffer)
-            self.kept.clear()
 
     def device_reset(self):
         self.log.append("reset")
@@ -192,6 +192,19 @@ def test_a_vendor_gives_back_what_it_holds_when_a_queue_stops(guest, echo):
     echo.set_vq_ready(1, False)
     assert answered(guest, 1) == [b"KEPT"]
     assert "stopping 1" in echo.log
+
+
+def test_a_vendor_hears_of_the_end_of_a_broken_queue_too(guest, echo, caplog):
+    """What it holds it could use in the memory of a driver that is gone; giving it back is of no use, and no bug."""
+    ask(guest, b"kept", index=1)
+    assert guest.wait(lambda: echo.kept, PATIENCE)
+    guest.memory.map[guest.rings[1].driver + 2 : guest.rings[1].driver + 4] = b"\xff\x7f"
+    guest.kick(1, always=True)
+    assert guest.wait(lambda: echo.error, PATIENCE)
+    echo.set_status(0)
+    assert "stopping 1" in echo.log
+    assert echo.kept == []
+    assert "failed" not in caplog.text
 
 
 def test_a_buffer_of_a_queue_that_stopped_is_of_no_use(guest, echo, monkeypatch):

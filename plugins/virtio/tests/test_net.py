@@ -248,8 +248,8 @@ def test_frames_beyond_any_size_are_dropped(rig, features):
 
 
 def test_a_burst_is_bounded(rig):
-    net = Net(rig, Feature(0), num=128)
-    for _ in range(100):
+    net = Net(rig, Feature(0), num=2 * MAX_BURST)
+    for _ in range(10 + MAX_BURST + 26):
         net.send(b"x")
         net.post(13)
     assert [net.mover.move(10), net.mover.wait, net.mover.move(1000), net.mover.move(), net.mover.move(), net.mover.wait] == [
@@ -407,6 +407,27 @@ def test_every_page_that_changed_is_logged(rigs, engine, features, log_ring):
     else:
         assert changed - ring_pages <= dirty
         assert changed - dirty, "without the flag what is written of the ring is not logged"
+
+
+def test_the_number_of_buffers_is_logged_once_it_is_known(rigs, engine, features):
+    """Somebody may read the log, and the page, before the last buffer is filled; here the second one clears the log's own bits."""
+    rig = rigs(engine)
+    size = rig.memory.size >> 15
+    at = rig.memory.allocate(PAGE, PAGE)
+    log = DirtyLog(rig.memory.fd, size, at)
+    net = Net(rig, features, MoveOptions(mergeable=True))
+    net.rx.stop()
+    net.rx.start(rig.table, rig.config(net.rx_ring, log=log))
+    mover = engine.mover(net.tx.ring, net.rx.ring, net.options)
+    first = rig.memory.allocate(100, PAGE)
+    for address, length in ((first, 100), (at, size)):
+        assert net.rx_ring.add([], [Segment(address, length)], None)
+    net.send(_frame(88) + bytes(size))
+    assert mover.move() == 1
+    assert rig.look(first, 12) == ZERO + b"\2\0"
+    dirty = rig.look(at, size)
+    page = first // PAGE
+    assert dirty[page // 8] >> page % 8 & 1
 
 
 def test_vendors_writes_are_logged(rigs, engine):

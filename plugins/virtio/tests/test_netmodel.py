@@ -8,7 +8,7 @@ import threading
 import pytest
 from mdevkit.errors import MdevError
 from mdevkit_testkit.suites.virtio.guest import DRIVER_OK, Guest
-from mdevkit_virtio.layout import MAX_FRAME, MAX_TAKE, Feature
+from mdevkit_virtio.layout import MAX_FRAME, MAX_MERGE, MAX_TAKE, Feature
 from mdevkit_virtio.memory import MemoryTable
 from mdevkit_virtio.netmodel import RX, TX, NetModel
 
@@ -67,7 +67,7 @@ def wait_sent(wire, count):
 
 @pytest.mark.parametrize("features", [MODERN, MODERN | Feature.RING_PACKED, MODERN | Feature.EVENT_IDX | Feature.INDIRECT_DESC])
 def test_frames_are_transmitted_in_order(wires, features):
-    wire, port = wires(features, num=256)
+    wire, port = wires(features, num=4 * MAX_TAKE, queue_size=4 * MAX_TAKE)
     sent = frames(3 * MAX_TAKE)
     port.send(*sent)
     assert port.until(lambda: port.sent == len(sent), PATIENCE)
@@ -209,6 +209,18 @@ def test_a_frame_that_fits_into_no_ring_is_dropped(wires):
     assert wire.counters.rx_dropped == 1
 
 
+def test_buffers_without_room_are_not_collected_for_ever(wires):
+    """A large ring full of them: a frame is given up after as many as a frame may take, and the worker is free again."""
+    wire, port = wires(MODERN | MERGEABLE, num=4 * MAX_MERGE, queue_size=4 * MAX_MERGE)
+    ring, nothing = port.guest.rings[RX], port.guest.place(b"readable")
+    for _ in range(4 * MAX_MERGE):
+        assert ring.add([nothing], [], None)
+    assert wire.deliver(bytes(60))
+    assert Guest.wait(lambda: wire.counters.rx_dropped == 1, PATIENCE)
+    with wire.changing():
+        assert wire.get_vq_state(RX) == MAX_MERGE
+
+
 def test_a_full_backlog_refuses_frames(wires):
     wire, port = wires(backlog=3)
     assert [wire.deliver(frame) for frame in frames(5)] == [True, True, True, False, False]
@@ -296,6 +308,25 @@ def test_a_queue_that_broke_leaves_the_rest_and_a_reset_heals_it(wires):
     port.post(4)
     assert wire.deliver(b"new" * 20)
     assert port.expect(1, PATIENCE) == [b"new" * 20]
+
+
+def test_buffers_of_a_ring_that_broke_are_forgotten(wires):
+    """They are in the memory of a driver that is gone when the next one comes."""
+    wire, port = wires(MODERN | MERGEABLE)
+    guest = port.guest
+    port.post(1, size=1024)
+    assert wire.deliver(b"B" * 1500)
+    assert Guest.wait(lambda: wire.get_vq_state(RX) == 1, PATIENCE), "it is taken, and too small"
+    at = guest.rings[RX].driver + 2
+    guest.memory.map[at : at + 2] = (5000).to_bytes(2, "little")
+    guest.kick(RX, always=True)
+    assert Guest.wait(lambda: wire.error is not None, PATIENCE)
+    guest.start(num=64)
+    port = guest.port()
+    port.post(4)
+    assert wire.deliver(b"new" * 20)
+    assert port.expect(1, PATIENCE) == [b"new" * 20]
+    assert wire.get_status() == DRIVER_OK
 
 
 def test_frames_are_delivered_while_the_device_closes(engine, no_leaks):

@@ -12,7 +12,7 @@ from mdevkit import Driver, MdevError, State, hookimpl
 from mdevkit_virtio.bus import VirtioMdevBus
 from mdevkit_virtio.driverside import GuestMemory
 from mdevkit_virtio.layout import Feature
-from mdevkit_virtio.transport import VirtioMdevDriver
+from mdevkit_virtio.transport import VirtioMdevDriver, VirtioMdevEndpoint
 from mdevkit_virtio.virtio.bus import VirtioBus, VirtioDriver
 from mdevkit_virtio.virtio.vring import MAX_MEMORY, QueueRequest
 
@@ -280,3 +280,21 @@ def test_the_memory_is_gone_with_the_driver(lab):
 def memory():
     """Return the inodes of memory of virtio devices that is mapped (proc_pid_maps(5))."""
     return {line.split()[4] for line in Path("/proc/self/maps").read_text().splitlines() if "/memfd:virtio" in line}
+
+
+def test_a_driver_that_goes_while_it_is_asked(lab):
+    """Each question looks at the endpoint once: the next look may find none."""
+    device = lab.create().endpoint.device
+
+    class Leaving:
+        name, driver = device.name, device.driver
+
+        def __init__(self):
+            self.left = [device.endpoint]
+
+        @property
+        def endpoint(self):
+            return self.left.pop() if self.left else None
+
+    assert VirtioMdevEndpoint(Leaving()).describe()["kind"] == "netdev"
+    assert VirtioMdevEndpoint(Leaving()).attach("qemu")

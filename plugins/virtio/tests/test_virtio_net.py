@@ -273,6 +273,94 @@ def test_suspend_and_resume_keep_user_and_settings(lab):
     assert netdev.statistics.tx_packets == 2
 
 
+def test_a_queue_that_is_taken_down_as_somebody_sends(lab):
+    """The sender has chosen it already; it must not look at memory that has gone, nor at queues that are there no more."""
+    netdev = lab.netdev(BASE | 1 << 17 | 1 << 22, pairs=2)
+
+    class Slow(bytes):
+        """Takes so long to look at that the device is suspended meanwhile."""
+
+        def __getitem__(self, part):
+            if netdev.queue_pairs:
+                lab.registry.suspend()
+            return super().__getitem__(part)
+
+    for send in (netdev.send, netdev.try_send):
+        with pytest.raises(MdevError, match="netdev eth0 is suspended") as caught:
+            send(Slow(frame(0)))
+        assert caught.value.errno == errno.ENETDOWN
+        lab.registry.resume()
+    with netdev.frames() as frames:
+        netdev.send(frame(1))
+        assert frames.get(PATIENCE) == frame(1)
+
+
+def test_a_sender_that_waits_does_not_go_on_with_the_next_queues(lab, wait_until):
+    netdev = lab.netdev(num=4)
+    caught = []
+
+    def send():
+        try:
+            for number in range(100):
+                netdev.send(frame(number), timeout=PATIENCE)
+        except MdevError as error:
+            caught.append(error)
+
+    with netdev.frames(limit=1):
+        sender = threading.Thread(target=send)
+        sender.start()
+        wait_until(lambda: netdev._tx[0].wanted)
+        lab.registry.suspend()
+        lab.registry.resume()
+        sender.join(PATIENCE)
+    assert [(error.errno, str(error)) for error in caught] == [(errno.ENETDOWN, "netdev eth0 is suspended")]
+
+
+def test_counters_are_not_read_while_they_change_places(lab):
+    """A suspend adds what the queues have counted to what was before: nobody sees it twice."""
+    netdev = lab.netdev()
+    netdev.send(frame(0))
+    seen = []
+    reader = threading.Thread(target=lambda: seen.append((netdev.statistics.tx_packets, netdev.queue_statistics[0].tx_packets)))
+    with netdev.irq.paused():
+        reader.start()
+        reader.join(0.05)
+        assert not seen
+    reader.join(PATIENCE)
+    assert seen == [(1, 1)]
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_user_of_this_process_has_time_to_leave(lab, wait_until, leaves):
+    """And nobody takes its place meanwhile."""
+    netdev, (mdev,) = lab.netdev(), lab.registry.mdevs
+    frames, caught = netdev.frames(), []
+
+    def unbind():
+        try:
+            lab.registry.unbind(mdev.name, timeout=PATIENCE if leaves else 0.2)
+        except MdevError as error:
+            caught.append(error)
+
+    unbinding = threading.Thread(target=unbind)
+    unbinding.start()
+    wait_until(lambda: netdev._leaving)
+    if leaves:
+        frames.close()
+        with pytest.raises(MdevError, match=r"netdev eth0 is (about to be taken away|gone)"):
+            netdev.frames()
+    unbinding.join(PATIENCE)
+    if leaves:
+        assert (caught, mdev.endpoint) == ([], None)
+        return
+    assert [error.errno for error in caught] == [errno.EBUSY]
+    assert "netdev eth0 is in use by a frame queue (pid " in str(caught[0])
+    netdev.send(frame(1))
+    assert frames.get(PATIENCE) == frame(1)
+    frames.close()
+    netdev.frames().close()
+
+
 class Echo(NetPort):
     """Sends back whatever comes: to a device that does so too, for ever. Notes how long others have to wait for their turn."""
 

@@ -61,14 +61,13 @@ class DataThread(PausableThread):
 
     def _turn(self) -> None:
         try:
-            sound = self._loop.run()
+            self._loop.run()
         except Exception:  # noqa: BLE001  # a bug in an engine must break one device, not leave its driver waiting for ever
             _log.exception("%s: the engine failed, its queues are halted", self.name)
             for mover in self._movers:
                 mover.halted = True
-            sound = False
-        if not sound:
-            self._report()
+        # Also after a stop: a mover may have halted in the very burst that ended for it, and no later run tells of that one.
+        self._report()
 
     def _interrupt(self) -> None:
         self._loop.stop()

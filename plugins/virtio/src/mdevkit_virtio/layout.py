@@ -76,10 +76,10 @@ NO_FEATURES: Final = Feature(0)
 #: Pieces one chain may have; with one address range per piece that is what QEMU and Linux's vhost accept too.
 MAX_PIECES: Final = 1024
 #: Buffers, and pieces of them, that one `take` returns at most.
-MAX_TAKE: Final = 64
+MAX_TAKE: Final = 128
 MAX_TAKE_PIECES: Final = 4 * MAX_PIECES
 #: Frames of one burst, buffers one frame may be spread over, bytes of one frame (64 KiB of a GSO frame and its headers).
-MAX_BURST: Final = 64
+MAX_BURST: Final = 128
 MAX_MERGE: Final = 1024
 MAX_FRAME: Final = 69632
 #: Largest ring (2.7, 2.8: Queue Size).
@@ -227,8 +227,8 @@ def check_size(num: int, *, packed: bool) -> None:
         raise MdevError(errno.EINVAL, f"a split ring of {num} descriptors is not possible, the size must be a power of 2")
 
 
-def locate(table: MemoryTable, num: int, desc: int, driver: int, device: int, *, packed: bool = False, user: bool = False) -> Areas:
-    """Find the areas of a ring in guest memory; `user` if the addresses are the frontend's own (vhost-user SET_VRING_ADDR).
+def locate(table: MemoryTable, num: int, desc: int, driver: int, device: int, *, packed: bool = False) -> Areas:
+    """Find the areas of a ring in guest memory.
 
     EINVAL for a wrong size or alignment (2.7: 16, 2 and 4 bytes; 2.8: 16, 4 and 4), EFAULT for an area that is not wholly
     in one region.
@@ -240,7 +240,7 @@ def locate(table: MemoryTable, num: int, desc: int, driver: int, device: int, *,
     for name, address, size, alignment in zip(
         names, (desc, driver, device), area_sizes(num, packed=packed), alignments, strict=True
     ):
-        piece = table.contiguous(address, size, user=user)
+        piece = table.contiguous(address, size)
         if address % alignment or piece.host % alignment:
             raise MdevError(errno.EINVAL, f"the {name} area at {address:#x} is not aligned to {alignment} bytes")
         found.append(piece)

@@ -14,10 +14,11 @@ from typing import Final, Protocol
 
 from mdevkit_virtio.layout import MAX_BURST, Wait
 from mdevkit_virtio.net import PyMover
+from mdevkit_virtio.ops import drain_eventfd
 from mdevkit_virtio.ring import PyRing
 
 #: How long to sleep when a driver gave no kick descriptor and so has to be polled.
-_UNKICKED_MS: Final = 1
+UNKICKED_MS: Final = 1
 
 
 class Kicked(Protocol):
@@ -103,7 +104,7 @@ class PyLoop:
                 if ring.kick_fd >= 0:
                     poll.register(ring.kick_fd, select.POLLIN)
             self.sleeps += 1
-            poll.poll(_UNKICKED_MS if any(ring.kick_fd < 0 for ring in awaited) else None)
+            poll.poll(UNKICKED_MS if any(ring.kick_fd < 0 for ring in awaited) else None)
         for ring in awaited:
             drain_kick(ring)
             ring.notify(False)
@@ -116,8 +117,5 @@ def _awaited(mover: PyMover) -> PyRing:
 
 def drain_kick(ring: Kicked) -> None:
     """Empty the kick eventfd; never blocks, whatever the client made of it."""
-    if ring.kick_fd < 0:
-        return
-    with contextlib.suppress(OSError):
-        if os.preadv(ring.kick_fd, [bytearray(8)], -1, os.RWF_NOWAIT) == 8:
-            ring.kicks += 1
+    if ring.kick_fd >= 0 and drain_eventfd(ring.kick_fd):
+        ring.kicks += 1

@@ -26,6 +26,10 @@ from mdevkit.errors import MdevError
 #: Regions one client may have: what design and vhost-user's CONFIGURE_MEM_SLOTS offer at most.
 MAX_REGIONS: Final = 1024
 
+#: Bytes one client may have us map at a time, as memory or as a log. Address space is shared by all devices of the process, and has
+#: 47 bits on x86-64; files are as large as a client says, for free.
+MAX_MAPPED: Final = 1 << 40
+
 _ADDRESS_LIMIT: Final = 1 << 64
 
 
@@ -172,6 +176,13 @@ class DirtyLog:
         self.lock: Final = threading.Lock()
 
 
+def check_total(sizes: Iterable[int]) -> None:
+    """Refuse to map more than `MAX_MAPPED` bytes for one client: ENOSPC. Before a `Region` or `DirtyLog` is made, which maps."""
+    total = sum(sizes)
+    if total > MAX_MAPPED:
+        raise MdevError(errno.ENOSPC, f"the client shares {total:#x} bytes, {MAX_MAPPED:#x} are the most")
+
+
 def _check_file(fd: int, end: int) -> None:
     """Refuse a file that may not serve as guest memory.
 
@@ -181,15 +192,16 @@ def _check_file(fd: int, end: int) -> None:
     try:
         fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
-        raise MdevError(errno.ENOTSUP, f"guest memory must be a memfd, tmpfs or hugetlbfs file, not {_name(fd)}") from None
+        raise MdevError(errno.ENOTSUP, f"guest memory must be a memfd, tmpfs or hugetlbfs file, not {link_of(fd)}") from None
     if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
-        raise MdevError(errno.EACCES, f"guest memory {_name(fd)} is not open for reading and writing")
+        raise MdevError(errno.EACCES, f"guest memory {link_of(fd)} is not open for reading and writing")
     size = os.fstat(fd).st_size
     if size < end:
-        raise MdevError(errno.EINVAL, f"guest memory {_name(fd)} has {size} bytes, the region ends at {end}")
+        raise MdevError(errno.EINVAL, f"guest memory {link_of(fd)} has {size} bytes, the region ends at {end}")
 
 
-def _name(fd: int) -> str:
+def link_of(fd: int) -> str:
+    """Return what a descriptor is of, as the kernel names it: a path, ``/memfd:name (deleted)``, ``anon_inode:[eventfd]``."""
     try:
         return str(Path(f"/proc/self/fd/{fd}").readlink())
     except OSError:

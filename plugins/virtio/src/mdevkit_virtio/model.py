@@ -23,7 +23,7 @@ from mdevkit.errors import MdevError, brief
 from mdevkit_virtio.config import ConfigSpace
 from mdevkit_virtio.engine import Engine, load
 from mdevkit_virtio.interrupts import ConfigInterrupt, FunctionCaller
-from mdevkit_virtio.layout import Feature, VringBase, check_size
+from mdevkit_virtio.layout import Feature, RingError, VringBase, check_size
 from mdevkit_virtio.memory import DirtyLog, MemoryTable
 from mdevkit_virtio.ops import Callback, DeviceId, Status, VirtioOps, signal_eventfd
 from mdevkit_virtio.queue import QueueConfig, Virtqueue
@@ -144,7 +144,9 @@ class VirtioModel(VirtioOps):
     def queue_stopping(self, index: int, queue: Virtqueue) -> None:
         """Give back what was taken from a queue that is about to stop; under the lock, with its worker paused.
 
-        What is not given back now is taken again by whoever goes on with the ring, so give back in order, or everything.
+        What is not given back now is taken again by whoever goes on with the ring, so give back in order, or everything. Keep no
+        buffer of it: that would be used with another driver, and holds the memory of this one. The hook comes for a broken
+        queue too (``queue.broken``), which takes nothing back: `RingError`, that may leave the hook.
         """
 
     def device_reset(self) -> None:
@@ -449,14 +451,15 @@ class VirtioModel(VirtioOps):
     def _stop(self, slot: QueueState) -> None:
         queue, slot.queue = slot.queue, None
         if queue is not None:
-            if queue.broken is None:
-                self._let_vendor_stop(slot, queue)
+            self._let_vendor_stop(slot, queue)
             slot.base = queue.stop().encode(packed=self._packed)
 
     def _let_vendor_stop(self, slot: QueueState, queue: Virtqueue) -> None:
         """Ask for the vendor's buffers; one that fails stops nobody from stopping: a reset always works."""
         try:
             self.queue_stopping(slot.index, queue)
+        except RingError as error:
+            _log.debug("%s: the buffers of %s cannot be given back: %s", self, slot, error)
         except Exception:  # noqa: BLE001  # a bug of the vendor is reported, and keeps no device from being reset
             _log.exception("%s: giving back the buffers of %s failed", self, slot)
 

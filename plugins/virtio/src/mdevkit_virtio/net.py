@@ -9,9 +9,6 @@ A mover belongs to one thread at a time; its counters may be read by any.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import select
 from collections import deque
 from collections.abc import Sequence
 from enum import Enum
@@ -29,7 +26,8 @@ from mdevkit_virtio.layout import (
     Wait,
 )
 from mdevkit_virtio.memory import MemoryTable, Piece
-from mdevkit_virtio.ring import BrokenError, Chain, Cursor, PyRing
+from mdevkit_virtio.ops import signal_eventfd
+from mdevkit_virtio.ring import BrokenError, Chain, Cursor, PyRing, mark_pieces
 
 #: struct virtio_net_hdr_v1: where num_buffers is.
 _NUM_BUFFERS_AT: Final = 10
@@ -175,7 +173,7 @@ class PyMover:
             target = _Place(buffer.outputs)
             target.put(header)
             target.take_from(source, part)
-            rx.log_pieces(buffer.outputs, len(header) + part)
+            mark_pieces(rx.setup.log, buffer.outputs, 0, len(header) + part)
             used.append(Used(buffer.id, len(header) + part, buffer.slots))
             rx.step(self._rx, buffer.slots)
             header = b""
@@ -184,6 +182,7 @@ class PyMover:
                 break
         if len(used) > 1:
             scatter(first, _NUM_BUFFERS_AT, len(used).to_bytes(2, "little"))
+            mark_pieces(rx.setup.log, first, _NUM_BUFFERS_AT, 2)
         self._rx_used += used
         return _Outcome.MOVED
 
@@ -283,13 +282,8 @@ def scatter(pieces: Sequence[Piece], offset: int, data: bytes) -> None:
 def signal_driver(ring: Signalled) -> None:
     """Add 1 to the driver's eventfd, unless it is full: then a signal is pending anyway."""
     ring.calls += 1
-    if ring.call_fd < 0:
-        return
-    writable = select.poll()
-    writable.register(ring.call_fd, select.POLLOUT)
-    if writable.poll(0):
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_write(ring.call_fd, 1)
+    if ring.call_fd >= 0:
+        signal_eventfd(ring.call_fd)
 
 
 def _holds(table: MemoryTable, host: int) -> bool:

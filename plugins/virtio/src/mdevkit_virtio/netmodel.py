@@ -14,7 +14,7 @@ from typing import Final
 
 from mdevkit_virtio.config import ConfigSpace
 from mdevkit_virtio.engine import Engine
-from mdevkit_virtio.layout import MAX_FRAME, Feature
+from mdevkit_virtio.layout import MAX_FRAME, MAX_MERGE, Feature
 from mdevkit_virtio.model import VirtioModel
 from mdevkit_virtio.netspec import CONFIG_FIELDS, CONFIG_SIZE, HEADER, LINK_UP, RX, TX, NetFeature, header_size
 from mdevkit_virtio.ops import DeviceId
@@ -144,11 +144,14 @@ class NetModel(VirtioModel):
     def _room_for(self, size: int, queue: Virtqueue) -> list[Buffer] | None:
         """Take buffers for `size` bytes: None as long as there are too few, none at all for what will never fit."""
         merge = Feature.NET_MRG_RXBUF in self.accepted
+        # More than the whole ring will not come; and a driver may have filled it with buffers that have no room at all.
+        most = min(queue.setup.num, MAX_MERGE)
         while not self._spare or (merge and sum(buffer.writable for buffer in self._spare) < size):
+            if len(self._spare) >= most:
+                return []
             taken = queue.take(1)
             if not taken:
-                # More than the whole ring will not come.
-                return [] if len(self._spare) >= queue.setup.num else None
+                return None
             self._spare.extend(taken)
         buffers: list[Buffer] = []
         room = 0
@@ -169,6 +172,7 @@ class NetModel(VirtioModel):
             part, data = data[: buffer.writable], data[buffer.writable :]
             buffer.write(part)
             done.append((buffer, len(part)))
-        queue.complete(*done)
+        # Counted first: whoever sees the frame finds it counted.
         self.counters.rx_packets += 1
         self.counters.rx_bytes += len(frame)
+        queue.complete(*done)

@@ -59,6 +59,13 @@ def signal_eventfd(fd: int) -> None:
             os.eventfd_write(fd, 1)
 
 
+def drain_eventfd(fd: int) -> bool:
+    """Empty an eventfd of a client's; whether it had been signalled. RWF_NOWAIT, since the client decides whether it blocks."""
+    with contextlib.suppress(OSError):
+        return os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT) == 8
+    return False
+
+
 @dataclass(frozen=True)
 class Callback:
     """What a device does to interrupt its driver (struct vdpa_callback): calling it does that.

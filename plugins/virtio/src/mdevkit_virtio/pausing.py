@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
+
+from mdevkit_virtio.ops import drain_eventfd
 
 #: How often eventfds are drained while the thread does not stop, in seconds.
 _DRAIN_INTERVAL: Final = 0.01
@@ -110,8 +111,7 @@ class PausableThread(ABC):
         """Let go of a thread that a client keeps blocked in a write to its eventfd."""
         for fd in self._call_fds():
             if fd >= 0:
-                with contextlib.suppress(OSError):
-                    os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT)
+                drain_eventfd(fd)
 
     def _main(self) -> None:
         while self._may_go_on():

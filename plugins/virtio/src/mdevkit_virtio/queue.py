@@ -29,7 +29,7 @@ from mdevkit_virtio.ring import Chain
 class QueueConfig:
     """What a driver has set up: size, addresses, negotiated features, where to go on.
 
-    `user`: the addresses are the frontend's own, as in vhost-user, not the guest's. `base` is as in SET_VRING_BASE.
+    Addresses are the guest's. `base` is as in SET_VRING_BASE.
     `log`: what is written is marked there; `log_ring`: what is written of the ring too.
     """
 
@@ -39,7 +39,6 @@ class QueueConfig:
     device: int
     features: Feature = NO_FEATURES
     base: int | None = None
-    user: bool = False
     log: DirtyLog | None = None
     log_ring: bool = False
 
@@ -108,7 +107,6 @@ class Virtqueue:
         self._in_order = False
         #: With IN_ORDER, what was taken and not given back, oldest first.
         self._order: deque[Buffer] = deque()
-        self._outstanding = 0
         self._kick_fd = -1
         self._call_fd = -1
 
@@ -126,7 +124,7 @@ class Virtqueue:
         if self._ring is not None:
             raise MdevError(errno.EBUSY, f"{self} runs already", self)
         packed = Feature.RING_PACKED in config.features
-        areas = locate(table, config.num, config.desc, config.driver, config.device, packed=packed, user=config.user)
+        areas = locate(table, config.num, config.desc, config.driver, config.device, packed=packed)
         base = self._find_base(table, config, areas.device)
         setup = RingSetup(table, areas, config.num, config.features, base, config.log, config.log_ring)
         self._setup, self._ring = setup, self.engine.ring(setup)
@@ -151,7 +149,6 @@ class Virtqueue:
         """
         ring, self._ring = self._ring, None
         self._order.clear()
-        self._outstanding = 0
         if ring is None:
             return VringBase()
         base = ring.base
@@ -161,11 +158,6 @@ class Virtqueue:
     def running(self) -> bool:
         """Whether it is started."""
         return self._ring is not None
-
-    @property
-    def outstanding(self) -> int:
-        """Buffers taken and not given back."""
-        return self._outstanding
 
     @property
     def ring(self) -> Ring:
@@ -211,7 +203,6 @@ class Virtqueue:
         buffers = [Buffer(self, chain) for chain in ring.take(limit)]
         if not buffers:
             self._check(ring)
-        self._outstanding += len(buffers)
         if self._in_order:
             self._order.extend(buffers)
         return buffers
@@ -234,7 +225,6 @@ class Virtqueue:
         ready = self._in_sequence() if self._in_order else [buffer for buffer, _ in done]
         used = [Used(buffer.chain.id, buffer.written, buffer.chain.slots) for buffer in ready]
         if used:
-            self._outstanding -= len(used)
             wanted = ring.complete(used)
             self._check(ring)
             if wanted:

@@ -270,15 +270,6 @@ class PyRing:
         count, self._unsignalled = self._unsignalled, 0
         return bool(count) and self._wants_signal(count)
 
-    def log_pieces(self, pieces: Sequence[Piece], length: int) -> None:
-        """Mark what was written into a buffer as dirty."""
-        for piece in pieces:
-            if self.setup.log is None or not length:
-                return
-            part = min(length, piece.length)
-            mark_dirty(self.setup.log, piece.guest, part)
-            length -= part
-
     # -- the formats ---------------------------------------------------------------------------------------------------
 
     def _publish(self, used: Sequence[Used]) -> None:
@@ -532,6 +523,17 @@ def mark_dirty(log: DirtyLog, guest: int, length: int) -> None:
         host = log.host + (page >> 3)
         with log.lock:
             access.write(host, bytes((access.read(host, 1)[0] | 1 << (page & 7),)))
+
+
+def mark_pieces(log: DirtyLog | None, pieces: Sequence[Piece], offset: int, length: int) -> None:
+    """Mark what has been written into a buffer, from byte `offset` of it on; without a log nothing is."""
+    if log is None:
+        return
+    for piece in pieces:
+        part = min(length, max(piece.length - offset, 0))
+        mark_dirty(log, piece.guest + offset, part)
+        offset = max(offset - piece.length, 0)
+        length -= part
 
 
 def _is_available(flags: int, wrap: bool) -> bool:

@@ -182,17 +182,20 @@ class VirtioMdevEndpoint:
     def describe(self) -> Mapping[str, str]:
         """Return the facts of the virtio device's endpoint; without a driver, ``error`` says why."""
         facts = {"kind": "virtio", "device": self.device.name, "client": ""}
-        if self.device.endpoint is not None:
-            return facts | dict(self.device.endpoint.describe())
+        # Read once: another thread may unbind the driver.
+        endpoint = self.device.endpoint
+        if endpoint is not None:
+            return facts | dict(endpoint.describe())
         if self.device.driver is None:
             facts["error"] = f"{self.device} has no driver: {self.device.error or 'it was unbound'}"
         return facts
 
     def attach(self, client: str) -> Sequence[str]:
         """Return what the virtio device's endpoint does; EOPNOTSUPP without one."""
-        if self.device.endpoint is None:
+        endpoint = self.device.endpoint
+        if endpoint is None:
             raise MdevError(errno.EOPNOTSUPP, f"{client} cannot use {self.device}, which has no driver", self.device)
-        return self.device.endpoint.attach(client)
+        return endpoint.attach(client)
 
 
 class VirtioMdevDriver(Driver):

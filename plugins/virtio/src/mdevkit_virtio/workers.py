@@ -22,6 +22,7 @@ from mdevkit.errors import MdevError, wrap
 from mdevkit_virtio.datathread import DataThread
 from mdevkit_virtio.engine import Engine, Mover
 from mdevkit_virtio.layout import MoveCounters
+from mdevkit_virtio.loop import UNKICKED_MS
 from mdevkit_virtio.pausing import PausableThread
 from mdevkit_virtio.queue import Virtqueue
 
@@ -31,9 +32,6 @@ _log: Final = logging.getLogger("mdevkit.virtio")
 Queues = Mapping[int, Virtqueue]
 #: Told, on the worker's thread, that a queue is broken and why.
 OnBroken = Callable[[int, MdevError], None]
-
-#: How long to sleep when a driver gave no kick descriptor and so has to be polled.
-_UNKICKED_MS: Final = 1
 
 
 class Worker(ABC):
@@ -192,7 +190,7 @@ class BufferWorker(PausableThread, Worker):
         for fd in fds.values():
             if fd >= 0:
                 poll.register(fd, select.POLLIN)
-        timeout = 0 if self._pending else _UNKICKED_MS if -1 in fds.values() else None
+        timeout = 0 if self._pending else UNKICKED_MS if -1 in fds.values() else None
         ready = {fd for fd, _ in poll.poll(timeout)}
         if self._wake in ready:
             os.eventfd_read(self._wake)

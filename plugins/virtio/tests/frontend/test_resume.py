@@ -92,12 +92,20 @@ class Rig:
             if self.frames.chance.random() < 0.7:
                 self.frames.receive_some(self.frames.chance.choice([None, 1, 7]))
 
+    def stops(self):
+        """Count the times the device is stopped: 20, or more if it was too slow to take as many frames as make a test."""
+        for number in range(1000):
+            if number >= 20 and self.frames.sent > 50:
+                return
+            yield number
+        raise AssertionError(f"the device took {self.frames.sent} frames only")
+
 
 @pytest.mark.parametrize("seed", range(6))
 def test_it_goes_on_at_another_device(loopbacks, frontends, rings, seed):
     rig = Rig(frontends, rings, seed)
     places = [loopbacks(), loopbacks()]
-    for number in range(20):
+    for number in rig.stops():
         frontend = rig.attach(places[number % 2].path)
         rig.traffic()
         frontend.stop()
@@ -106,15 +114,13 @@ def test_it_goes_on_at_another_device(loopbacks, frontends, rings, seed):
         places[number % 2].until_free()
     rig.attach(places[0].path)
     rig.frames.finish()
-    # How many there was room for depends on how fast the device was; with fewer nothing was tried.
-    assert rig.frames.sent > 20
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_it_goes_on_at_the_same_device_on_the_same_connection(loopbacks, frontends, rings, seed):
     rig = Rig(frontends, rings, seed)
     frontend = rig.attach(loopbacks().path)
-    for number in range(20):
+    for number in rig.stops():
         rig.traffic()
         frontend.stop()
         if number % 3 == 0:
@@ -122,8 +128,6 @@ def test_it_goes_on_at_the_same_device_on_the_same_connection(loopbacks, fronten
             frontend.negotiate(rings)
         frontend.start(*rig.pair.queues)
     rig.frames.finish()
-    # As above.
-    assert rig.frames.sent > 20
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -9,6 +9,7 @@ import socket
 
 import pytest
 from mdevkit.errors import MdevError
+from mdevkit_virtio.driverside import Segment
 from mdevkit_virtio.layout import Feature
 from mdevkit_virtio.ops import Status
 from mdevkit_virtio.vhost import proto
@@ -386,6 +387,39 @@ def test_a_ring_whose_memory_is_taken_away_stops(serve, connect, until):
     refuses(served, "", net.frontend.remove_region, 0)
     until(lambda: served.ops.get_status() & Status.NEEDS_RESET)
     assert not any(served.ops.get_vq_ready(queue.index) for queue in net.queues)
+
+
+def test_rings_go_on_where_their_memory_moves_to(serve, connect, until):
+    """The frontend shares the same memory at other guest addresses: nothing is looked for at the old ones."""
+    served = serve()
+    net = connect(served, features=FEATURES & ~Feature.RING_PACKED)
+    net.check(10)
+    pair, distance = net.pairs[0], 1 << 32
+    receive = pair.rx.ring
+    for index in range(receive.num):
+        at = receive.desc + 16 * index
+        address = int.from_bytes(net.memory.map[at : at + 8], "little") + distance
+        net.memory.map[at : at + 8] = address.to_bytes(8, "little")
+    (old,) = net.frontend.shared.regions
+    new = proto.MemRegion(old.guest + distance, old.size, old.user, old.offset)
+    net.frontend.tell(Request.SET_MEM_TABLE, proto.pack_mem_table([new]), [net.memory.fd])
+    assert net.frontend.get_status() == RUNNING
+    frame = bytes(12) + b"moved" * 20
+    at = net.memory.allocate(len(frame))
+    net.memory.map[at : at + len(frame)] = frame
+    assert pair.tx.ring.add([Segment(at + distance, len(frame))], [], 0)
+    os.eventfd_write(pair.tx.kick, 1)
+    came = []
+    until(lambda: came.extend(pair.receive()) or came)
+    assert came == [frame[12:]]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_the_base_of_a_queue_that_never_ran_is_the_beginning(serve, client, packed):
+    frontend = client(serve())
+    frontend.negotiate(FEATURES if packed else FEATURES & ~Feature.RING_PACKED)
+    reply = VringState.parse(Request.GET_VRING_BASE, frontend.ask(Request.GET_VRING_BASE, VringState(0).pack()).payload)
+    assert reply.num == (0x8000_8000 if packed else 0)
 
 
 def test_enable_is_0_or_1(told):

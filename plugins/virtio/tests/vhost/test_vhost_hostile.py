@@ -15,6 +15,7 @@ import time
 import pytest
 from mdevkit.errors import MdevError
 from mdevkit_virtio.layout import Feature
+from mdevkit_virtio.memory import MAX_MAPPED
 from mdevkit_virtio.ops import Status
 from mdevkit_virtio.vhost import proto
 from mdevkit_virtio.vhost.descriptors import check_eventfd
@@ -138,6 +139,44 @@ def test_regions_are_limited(serve, client, things):
     with pytest.raises(MdevError, match="refused"):
         frontend.tell(Request.ADD_MEM_REG, MemRegion(1024 << 16, 4096, 1024 << 16).pack(), [things["memfd"]])
     assert "the client shares 1025 regions, 1024 are the most" in served.refusals()[-1]
+
+
+@pytest.fixture
+def sparse(later):
+    """A file of more bytes than a client may share, which cost nothing."""
+    fd = os.memfd_create("sparse")
+    later(lambda: os.close(fd))
+    os.ftruncate(fd, 4 * MAX_MAPPED)
+    return fd
+
+
+TOO_MUCH = f"the client shares {MAX_MAPPED + 4096:#x} bytes, 0x10000000000 are the most"
+
+
+@pytest.mark.parametrize("request_", [Request.ADD_MEM_REG, Request.SET_MEM_TABLE], ids=lambda r: r.name)
+def test_memory_is_limited(serve, client, neighbour, sparse, request_):
+    """What one client has us map is address space that every other device of the process lacks."""
+    served = serve()
+    frontend = client(served)
+    frontend.negotiate()
+    most, more = MemRegion(0, MAX_MAPPED, 0), MemRegion(2 * MAX_MAPPED, 4096, 2 * MAX_MAPPED, MAX_MAPPED)
+    frontend.tell(Request.SET_MEM_TABLE, proto.pack_mem_table([most]), [sparse])
+    one = request_ == Request.ADD_MEM_REG
+    with pytest.raises(MdevError, match="refused"):
+        frontend.tell(request_, more.pack() if one else proto.pack_mem_table([most, more]), [sparse] * (2 - one))
+    assert (str(served.exchanges[-1].error), served.exchanges[-1].error.errno) == (TOO_MUCH, errno.ENOSPC)
+    frontend.tell(Request.REM_MEM_REG, most.pack())
+    frontend.tell(Request.ADD_MEM_REG, more.pack(), [sparse])
+
+
+def test_the_log_is_limited(serve, client, sparse):
+    served = serve()
+    frontend = client(served)
+    frontend.negotiate()
+    with pytest.raises(MdevError) as caught:
+        frontend.ask(Request.SET_LOG_BASE, proto.LogBase(MAX_MAPPED + 4096, 0).pack(), [sparse])
+    assert caught.value.errno == errno.ENOTCONN
+    assert served.refusals()[-1] == TOO_MUCH
 
 
 def test_too_many_descriptors(serve, client, things):

@@ -5,7 +5,7 @@
  */
 
 /* Bounds: pieces of one chain, buffers and pieces looked up at once, frames of one burst, buffers one frame may be spread over, bytes of one frame. */
-enum { MV_PIECES = 1024, MV_TAKE = 64, MV_TAKE_PIECES = 4096, MV_BURST = 64, MV_MERGE = 1024, MV_FRAME = 69632 };
+enum { MV_PIECES = 1024, MV_TAKE = 128, MV_TAKE_PIECES = 4096, MV_BURST = 128, MV_MERGE = 1024, MV_FRAME = 69632 };
 
 /* Why a ring is broken: layout.Fault. */
 enum {
@@ -59,8 +59,8 @@ typedef struct {
     mv_counters done;
     uint32_t tx_count, rx_count, signal_tx, signal_rx;
     uint32_t staged, next;           /* receive buffers looked up, and how many of them are filled */
-    mv_used tx_used[64], rx_used[1088];
-    mv_chain tx_chains[64], rx_chains[64];
+    mv_used tx_used[128], rx_used[1152];
+    mv_chain tx_chains[128], rx_chains[128];
     mv_piece tx_pieces[4112], rx_pieces[4112], header_pieces[12]; /* room to look ahead of the last */
 } mv_mover;
 

@@ -66,9 +66,8 @@ class NativeRing:
     """One virtqueue, split or packed."""
 
     def __init__(self, setup: RingSetup) -> None:
+        #: Holds the memory and the log that the structure points to.
         self.setup: Final = setup
-        self.num: Final = setup.num
-        self.table: Final = setup.table
         self._memory: Final = _memory(setup.table)
         self._log: Final = _c_log(setup.log)
         self._c: Final = ffi.new("mv_queue *")
@@ -188,7 +187,6 @@ class NativeMover:
     def __init__(self, tx: NativeRing, rx: NativeRing | None, options: MoveOptions) -> None:
         self.tx: Final = tx
         self.rx: Final = rx
-        self.options: Final = options
         self._c: Final = ffi.new("mv_mover *")
         c = self._c
         c.tx, c.rx = tx.c, ffi.NULL if rx is None else rx.c

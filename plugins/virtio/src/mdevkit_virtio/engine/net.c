@@ -79,6 +79,13 @@ static bool log_pieces(mv_queue *q, const mv_log *log, place at, uint64_t length
     return true;
 }
 
+/* Between a buffer and memory of ours; what is written is marked in the log. */
+static int copy(const mv_log *log, place at, uint8_t *data, uint64_t size, bool writing) {
+    place theirs = at, ours = {&(mv_piece){0, data, size}, 0};
+    copy_frame(writing ? &theirs : &ours, writing ? &ours : &theirs, size);
+    return writing && log && !log_pieces(NULL, log, at, size) ? MV_LOG : MV_OK;
+}
+
 /* What becomes of a frame, besides the reasons a burst ends for: MV_MORE if it is moved. */
 enum { TOO_LARGE = 100, FETCH_FROM = 192, FETCH_TO = 384, CLAIM = 256 };
 
@@ -153,9 +160,9 @@ static uint32_t deliver_scattered(mv_mover *m, bursting *b, place from, uint32_t
         left -= part;
     } while (left);
     m->rx_count += buffers;
-    /* The number of buffers is known when all are filled. */
+    /* The number of buffers is known when all are filled. Its page is in the log already, but that may have been read meanwhile. */
     if (unlikely(buffers > 1 && m->rx_header > NUM_BUFFERS_AT))
-        put_bytes(&(place){m->header_pieces, NUM_BUFFERS_AT}, &(uint16_t){(uint16_t)buffers}, 2);
+        copy(rx->log, (place){m->header_pieces, NUM_BUFFERS_AT}, (uint8_t *)&(uint16_t){(uint16_t)buffers}, 2, true);
     return MV_MORE;
 }
 
@@ -273,12 +280,6 @@ static int move(mv_mover *m, uint32_t limit) {
 }
 
 int mv_move(mv_mover *m, uint32_t limit) { return mv_guard_install(), move(m, limit); }
-
-static int copy(const mv_log *log, place at, uint8_t *data, uint64_t size, bool writing) {
-    place theirs = at, ours = {&(mv_piece){0, data, size}, 0};
-    copy_frame(writing ? &theirs : &ours, writing ? &ours : &theirs, size);
-    return writing && log && !log_pieces(NULL, log, at, size) ? MV_LOG : MV_OK;
-}
 
 int mv_copy(const mv_memory *memory, const mv_log *log, const mv_piece *pieces, uint64_t offset, uint8_t *data, uint64_t size,
             int writing) {

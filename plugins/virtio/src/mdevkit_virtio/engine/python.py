@@ -10,7 +10,7 @@ from mdevkit_virtio.layout import MAX_BURST, Fault, MoveOptions, RingSetup
 from mdevkit_virtio.loop import PyLoop
 from mdevkit_virtio.memory import DirtyLog, MemoryTable, Piece
 from mdevkit_virtio.net import PyMover, gather, scatter
-from mdevkit_virtio.ring import BrokenError, PyRing, make_ring, mark_dirty
+from mdevkit_virtio.ring import BrokenError, PyRing, make_ring, mark_pieces
 
 if TYPE_CHECKING:
     from mdevkit_virtio.engine import Mover, Ring
@@ -47,21 +47,12 @@ class PythonEngine:
         """Copy into a buffer; the caller has checked that it fits."""
         try:
             scatter(pieces, offset, data)
-            _mark(log, pieces, offset, len(data))
+            mark_pieces(log, pieces, offset, len(data))
         except access.TruncatedError:
             return Fault.MEMORY
         except BrokenError as error:
             return error.fault
         return Fault.OK
-
-
-def _mark(log: DirtyLog | None, pieces: Sequence[Piece], offset: int, size: int) -> None:
-    for piece in pieces:
-        part = min(size, max(piece.length - offset, 0))
-        if log is not None:
-            mark_dirty(log, piece.guest + offset, part)
-        offset = max(offset - piece.length, 0)
-        size -= part
 
 
 def _ours(ring: Ring) -> PyRing:

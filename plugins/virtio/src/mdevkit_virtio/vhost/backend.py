@@ -31,11 +31,11 @@ from typing import Final
 from mdevkit.errors import MdevError
 
 from mdevkit_virtio.layout import Feature
-from mdevkit_virtio.memory import MAX_REGIONS, DirtyLog, MemoryTable, Region
+from mdevkit_virtio.memory import MAX_REGIONS, DirtyLog, MemoryTable, Region, check_total
 from mdevkit_virtio.netspec import NetFeature
-from mdevkit_virtio.ops import RESET, Callback, Status, VirtioOps
+from mdevkit_virtio.ops import RESET, Callback, Status, VirtioOps, drain_eventfd
 from mdevkit_virtio.vhost import proto
-from mdevkit_virtio.vhost.descriptors import check_eventfd, drain, take_socket
+from mdevkit_virtio.vhost.descriptors import check_eventfd, take_socket
 from mdevkit_virtio.vhost.features import Traits
 from mdevkit_virtio.vhost.proto import BackendRequest, ProtocolFeature, Request, VringState
 from mdevkit_virtio.vhost.vring import Vring
@@ -137,7 +137,7 @@ class Backend:
 
     def kicked(self, vring: Vring) -> None:
         """Tell the device of a kick."""
-        drain(vring.kick)
+        drain_eventfd(vring.kick)
         self._ops.kick_vq(vring.index)
 
     def notify(self) -> None:
@@ -279,6 +279,10 @@ class Backend:
         return ProtocolFeature.STATUS not in self._protocol
 
     @property
+    def _packed(self) -> bool:
+        return bool((self._features or 0) & Feature.RING_PACKED)
+
+    @property
     def _negotiated(self) -> bool:
         return bool(self._ops.get_status() & Status.FEATURES_OK)
 
@@ -292,6 +296,7 @@ class Backend:
         regions = proto.parse_mem_table(payload)
         if len(regions) != len(fds):
             raise proto.invalid(Request.SET_MEM_TABLE, f"{len(regions)} regions with {len(fds)} descriptors")
+        check_total(region.size for region in regions)
         self._set_table(MemoryTable(_mapped(region, fd) for region, fd in zip(regions, fds, strict=True)))
 
     def _get_max_mem_slots(self) -> bytes:
@@ -301,6 +306,7 @@ class Backend:
         region = proto.MemRegion.parse(Request.ADD_MEM_REG, payload)
         if len(fds) != 1:
             raise proto.invalid(Request.ADD_MEM_REG, f"a region with {len(fds)} descriptors")
+        check_total([region.size, *(other.size for other in self._table.regions)])
         self._set_table(self._table.plus(_mapped(region, fds[0])))
 
     def _rem_mem_reg(self, payload: bytes, fds: list[int]) -> None:
@@ -313,6 +319,8 @@ class Backend:
     def _set_table(self, table: MemoryTable) -> None:
         self._table = table
         try:
+            for vring in self.vrings:
+                vring.make_way(table, packed=self._packed)
             self._ops.set_map(table)
         finally:
             self._update()
@@ -321,6 +329,7 @@ class Backend:
         place = proto.LogBase.parse(payload)
         if ProtocolFeature.LOG_SHMFD not in self._protocol or len(fds) != 1:
             raise proto.invalid(Request.SET_LOG_BASE, f"{len(fds)} descriptors, or no LOG_SHMFD protocol feature")
+        check_total([place.size])
         self._log = DirtyLog(fds[0], place.size, place.offset)
         self._update()
         # QEMU wants a reply and does not care for what is in it.
@@ -401,7 +410,7 @@ class Backend:
     def _update(self) -> None:
         """Start and stop queues and logging as all that is known now says. The first failure is raised, after the rest is done."""
         failure: MdevError | None = None
-        packed = bool((self._features or 0) & Feature.RING_PACKED)
+        packed = self._packed
         negotiated = self._negotiated
         for vring in self.vrings:
             wanted = vring.started and vring.configured and self._enabled(vring) and negotiated and not self._suspended

@@ -11,17 +11,18 @@ import errno
 import os
 import socket
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Final
 
 from mdevkit.errors import MdevError
+
+from mdevkit_virtio.memory import link_of
 
 _EVENTFD: Final = "anon_inode:[eventfd]"
 
 
 def check_eventfd(fd: int) -> None:
     """Refuse anything but an eventfd: EINVAL. The kernel names it in /proc/self/fd, which no file can imitate."""
-    kind = _link(fd)
+    kind = link_of(fd)
     if kind != _EVENTFD:
         raise MdevError(errno.EINVAL, f"the descriptor for a queue is not an eventfd but {kind}")
 
@@ -37,14 +38,8 @@ def take_socket(fd: int) -> socket.socket:
     if sock is None or not fits:
         if sock is not None:
             sock.detach()
-        raise MdevError(errno.EINVAL, f"the descriptor for the backend's requests is not a UNIX stream socket but {_link(fd)}")
+        raise MdevError(errno.EINVAL, f"the descriptor for the backend's requests is not a UNIX stream socket but {link_of(fd)}")
     return sock
-
-
-def drain(fd: int) -> None:
-    """Empty a client's eventfd; never blocks."""
-    with contextlib.suppress(OSError):
-        os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT)
 
 
 def close_all(fds: Iterable[int]) -> None:
@@ -53,10 +48,3 @@ def close_all(fds: Iterable[int]) -> None:
         if fd >= 0:
             with contextlib.suppress(OSError):
                 os.close(fd)
-
-
-def _link(fd: int) -> str:
-    try:
-        return str(Path(f"/proc/self/fd/{fd}").readlink())
-    except OSError:
-        return f"descriptor {fd}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Final
 
-from mdevkit.driver import Driver
+from mdevkit.driver import Driver, xml_attribute
 from mdevkit.errors import MdevError
 from mdevkit.hookspecs import hookimpl
 from mdevkit.paths import runtime_dir
@@ -78,7 +78,7 @@ class VhostUserEndpoint:
         return ["--vdev", vdev]
 
     def _libvirt(self) -> list[str]:
-        source = f"<source type='unix' path='{_escaped(self._path)}' mode="
+        source = f"<source type='unix' path={xml_attribute(self._path)} mode="
         source += "'server'/>" if self._connects else "'client'><reconnect enabled='yes' timeout='1'/></source>"
         return [
             "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>",
@@ -108,10 +108,6 @@ def _mac(server: VhostUserServer) -> str:
     if not server.traits.features & NetFeature.MAC:
         return ""
     return server.ops.get_config(0, 6).hex(":")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("'", "&apos;")
 
 
 class VhostMdevDriver(Driver):

@@ -46,9 +46,8 @@ class Channel:
         sock.settimeout(timeout)
         self._sock: Final = sock
         self._timeout: Final = timeout
-        #: Bytes and messages sent so far.
+        #: Bytes sent so far.
         self.bytes_sent = 0
-        self.messages_sent = 0
 
     @classmethod
     def connect(cls, path: str | Path, timeout: float = 10.0) -> Channel:
@@ -83,7 +82,6 @@ class Channel:
         except OSError as error:
             raise MdevError(errno.ENOTCONN, f"the backend is gone: {error.strerror}") from error
         self.bytes_sent += len(data)
-        self.messages_sent += 1
 
     def receive(self) -> Message:
         """Return the next message. ENOTCONN if the backend closes, ETIMEDOUT if it is silent, EPROTO for what is no message."""

@@ -22,8 +22,6 @@ from mdevkit_virtio.netspec import header_size
 
 #: Where a virtio-net header tells over how many buffers a frame is spread (virtio 1.2, 5.1.6).
 _NUM_BUFFERS_AT: Final = 10
-#: The counter of an eventfd, read without blocking.
-_COUNTER: Final = 8
 
 
 class FrontendQueue:

@@ -71,12 +71,12 @@ Observer = Callable[[Exchange], None]
 class Session:
     """The client at the other end of `sock`, which is not blocking; `name` is the device's."""
 
-    def __init__(self, sock: socket.socket, backend: Backend, name: str, observer: Observer | None = None) -> None:
+    def __init__(self, sock: socket.socket, backend: Backend, name: str) -> None:
         self.client: Final = peer(sock)
         #: Set once the device is released and free for the next client.
         self.done: Final = threading.Event()
         #: Called after each message; may be replaced at any time. What it raises is logged and ignored.
-        self.observer = observer
+        self.observer: Observer | None = None
         self.backend: Final = backend
         self._sock: Final = sock
         self._name: Final = name

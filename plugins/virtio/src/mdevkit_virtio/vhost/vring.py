@@ -16,8 +16,8 @@ from mdevkit.errors import MdevError
 
 from mdevkit_virtio.layout import area_sizes, check_size
 from mdevkit_virtio.memory import MemoryTable
-from mdevkit_virtio.ops import Callback, VirtioOps, signal_eventfd
-from mdevkit_virtio.vhost.descriptors import close_all, drain
+from mdevkit_virtio.ops import Callback, VirtioOps, drain_eventfd, signal_eventfd
+from mdevkit_virtio.vhost.descriptors import close_all
 from mdevkit_virtio.vhost.proto import VringAddr
 
 
@@ -109,28 +109,43 @@ class Vring:
     def drain(self) -> None:
         """Empty the eventfds that are written to, in case a thread is blocked in that. Any thread; never blocks."""
         with self._signals:
-            drain(self._call)
-            drain(self._error)
+            for fd in (self._call, self._error):
+                if fd >= 0:
+                    drain_eventfd(fd)
 
     # -- what the device is told ----------------------------------------------------------------------------------------
 
     def update(self, table: MemoryTable, *, packed: bool, wanted: bool) -> None:
-        """Start or stop the device's queue, as `wanted` says. MdevError if it cannot start; then it has not."""
-        if wanted and self.running and self._locate(table, packed=packed) != self._areas:
-            # The frontend has shared the same memory at other guest addresses.
-            self.stop()
-        if wanted and not self.running:
+        """Start or stop the device's queue, as `wanted` says. MdevError if it cannot start, or its memory has gone."""
+        if wanted and self.running:
+            self._locate(table, packed=packed)
+        elif wanted:
             self._start(table, packed=packed)
-        elif not wanted and self.running:
+        else:
+            self.stop()
+
+    def make_way(self, table: MemoryTable, *, packed: bool) -> None:
+        """Stop the device's queue if it is at other guest addresses in the table that comes; `update` starts it there.
+
+        Before the device has that table: it would go on with what is at the old addresses. One that is not in it at all is left to
+        the device, which reports it as broken.
+        """
+        if not self.running:
+            return
+        try:
+            areas = self._locate(table, packed=packed)
+        except MdevError:
+            return
+        if areas != self._areas:
             self.stop()
 
     def stop(self) -> int:
-        """Stop the device's queue; return where it goes on, which is kept."""
+        """Stop the device's queue; return where it goes on, which is kept. The device knows where one begins that never ran."""
         if self.running:
             self.running = False
             self._ops.set_vq_ready(self.index, False)
             self._base = self._ops.get_vq_state(self.index)
-        return self._base or 0
+        return self._ops.get_vq_state(self.index) if self._base is None else self._base
 
     def end(self) -> int:
         """Do what GET_VRING_BASE asks for: stop the ring until the next kick descriptor. Return where it goes on."""

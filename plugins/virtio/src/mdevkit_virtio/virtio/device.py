@@ -16,7 +16,7 @@ from mdevkit.device import Device
 from mdevkit.errors import MdevError
 from mdevkit.sockets import Listen, listen_at
 
-from mdevkit_virtio.ops import RESET, Status
+from mdevkit_virtio.ops import Status
 
 if TYPE_CHECKING:
     from mdevkit.parent import Parent
@@ -193,6 +193,3 @@ class VirtioDevice(Device):
     def del_vqs(self) -> None:
         """See `VirtioTransport.del_vqs`."""
         self.transport.del_vqs()
-
-
-__all__ = ["BUS", "RESET", "Status", "VirtioDevice", "VirtioTransport"]

@@ -138,14 +138,11 @@ class EventFd:
         self.fd: Final = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread: Final = thread
         self._function: Final = function
-        #: How many interrupts there were; several that come together are one.
-        self.count = 0
         thread.watch(self.fd, self._fired)
 
     def _fired(self, _events: int) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.fd)
-        self.count += 1
         self._function()
 
     def close(self) -> None:

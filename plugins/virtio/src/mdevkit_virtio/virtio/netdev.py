@@ -24,7 +24,7 @@ from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
-from mdevkit.errors import MdevError
+from mdevkit.errors import MdevError, brief
 
 from mdevkit_virtio.virtio.irq import InterruptThread
 from mdevkit_virtio.virtio.vring import DriverVirtqueue, Slot
@@ -50,12 +50,10 @@ class NetStatistics:
     rx_packets: int = 0
     rx_bytes: int = 0
     rx_errors: int = 0
-    rx_dropped: int = 0
     #: Received while nobody was connected.
     rx_nohandler: int = 0
     tx_packets: int = 0
     tx_bytes: int = 0
-    tx_errors: int = 0
     tx_dropped: int = 0
 
     def __add__(self, other: NetStatistics) -> NetStatistics:
@@ -91,6 +89,8 @@ class _Transmit:
         self.statistics: Final = NetStatistics()
         #: Whether somebody waits for room.
         self.wanted = False
+        #: Why nothing goes out any more, and the memory may be gone; None as long as it does.
+        self.ended: MdevError | None = None
         for slot in queue.free:
             # Nothing is left to the device: no checksum, no segmentation. It reads that, and never writes it.
             queue.ring.memory.map[slot.address : slot.address + HEADER] = bytes(HEADER)
@@ -99,7 +99,9 @@ class _Transmit:
         self.queue.free.extend(slot for slot, _ in self.queue.collect())
 
     def find_room(self, want: bool) -> Slot | None:
-        """Return a free buffer; without one, ask for an interrupt if so wanted."""
+        """Return a free buffer; without one, ask for an interrupt if so wanted. Raises what the queue has ended with."""
+        if self.ended is not None:
+            raise brief(self.ended)
         if not self.queue.free:
             self.reclaim()
         if not self.queue.free and want:
@@ -107,6 +109,12 @@ class _Transmit:
             self.queue.enable_signals()
             self.reclaim()
         return self.queue.free.pop() if self.queue.free else None
+
+    def end(self, reason: MdevError) -> None:
+        """Let nobody use the queue any more, whoever waits for room included; the first reason stays."""
+        with self.lock:
+            self.ended = self.ended or reason
+            self.lock.notify_all()
 
     def put(self, slot: Slot, frame: bytes) -> None:
         start = slot.address + HEADER
@@ -173,6 +181,9 @@ class NetDevice:
         self._port: NetPort | None = None
         self._tx: Sequence[_Transmit] = ()
         self._rx: Sequence[_Receive] = ()
+        #: Notified when the port goes. Its lock is taken last, and never held over a wait for a handler.
+        self._freed: Final = threading.Condition()
+        self._leaving = False
         self._held = False
         self._before = NetStatistics()
 
@@ -202,15 +213,22 @@ class NetDevice:
         return self._port
 
     @property
+    def free(self) -> bool:
+        """Whether `connect` would succeed; certain on the interrupt thread, or with it paused."""
+        return self._port is None and self.broken is None and not self._leaving
+
+    @property
     def statistics(self) -> NetStatistics:
         """What there has been since the driver took the device; a snapshot, each counter right at some moment."""
-        queues: list[_Transmit | _Receive] = [*self._tx, *self._rx]
-        return sum((queue.statistics for queue in queues), NetStatistics() + self._before)
+        with self.irq.paused():
+            queues: list[_Transmit | _Receive] = [*self._tx, *self._rx]
+            return sum((queue.statistics for queue in queues), NetStatistics() + self._before)
 
     @property
     def queue_statistics(self) -> list[NetStatistics]:
         """The same by queue pair."""
-        return [tx.statistics + rx.statistics for tx, rx in zip(self._tx, self._rx, strict=True)]
+        with self.irq.paused():
+            return [tx.statistics + rx.statistics for tx, rx in zip(self._tx, self._rx, strict=True)]
 
     # -- sending ---------------------------------------------------------------------------------------------------------
 
@@ -231,7 +249,6 @@ class NetDevice:
                 if (left is not None and left <= 0) or not queue.lock.wait(left):
                     message = f"{self}: the device has taken no frame for {timeout:g} s; does somebody read what it has sent?"
                     raise MdevError(errno.ETIMEDOUT, message, self)
-                self._check_alive()
             queue.put(slot, frame)
 
     def try_send(self, frame: bytes) -> bool:
@@ -254,25 +271,31 @@ class NetDevice:
                 raise MdevError(errno.EINVAL, f"{self}: {len(frame)} bytes are no Ethernet frame, {ETH_HEADER} are the least", self)
             message = f"{self}: a frame of {len(frame)} bytes is longer than the {self.max_frame} its MTU of {self.mtu} allows"
             raise MdevError(errno.EMSGSIZE, message, self)
-        self._check_alive()
+        # Read once: another thread may suspend the device. A queue it has taken down raises by itself.
+        queues = self._tx
+        if self.broken is not None:
+            raise brief(self.broken)
+        if not queues:
+            raise self._suspended()
         if not self._carrier:
             raise MdevError(errno.ENETDOWN, f"{self}: the link is down", self)
-        queues = self._tx
         return queues[zlib.crc32(frame[:_FLOW]) % len(queues)] if len(queues) > 1 else queues[0]
 
-    def _check_alive(self) -> None:
-        if self.broken is not None:
-            raise MdevError(self.broken.errno or errno.EIO, str(self.broken), self)
-        if not self._tx:
-            raise MdevError(errno.ENETDOWN, f"{self} is suspended", self)
+    def _suspended(self) -> MdevError:
+        return MdevError(errno.ENETDOWN, f"{self} is suspended", self)
 
     # -- receiving -------------------------------------------------------------------------------------------------------
 
     def connect(self, port: NetPort) -> None:
-        """Give frames to `port` from now on: EBUSY names whoever is connected already, ENODEV once the netdev is gone."""
+        """Give frames to `port` from now on: ENODEV once the netdev is gone.
+
+        EBUSY names whoever is connected already, or says that the netdev is about to go: see `let_go`.
+        """
         with self.irq.paused():
             if self.broken is not None:
-                self._check_alive()
+                raise brief(self.broken)
+            if self._leaving:
+                raise MdevError(errno.EBUSY, f"{self} is about to be taken away", self)
             if self._port is not None:
                 raise MdevError(errno.EBUSY, f"{self} is in use by {self._port.name}", self)
             self._port = port
@@ -281,8 +304,29 @@ class NetDevice:
         """End what `connect` began; `port` is not called any more when this returns. Harmless if it is not connected."""
         with self.irq.paused():
             if self._port is port:
-                self._port = None
+                self._part()
                 self.resume()
+
+    def let_go(self, timeout: float, force: bool) -> None:
+        """Connect nobody any more, and wait up to `timeout` seconds for the port that is connected to disconnect.
+
+        EBUSY names one that stays, and the netdev goes on as before; with `force` nobody is waited for.
+        """
+        with self.irq.paused():
+            self._leaving = True
+        if force:
+            return
+        with self._freed:
+            self._freed.wait_for(lambda: self._port is None, timeout)
+        with self.irq.paused():
+            if self._port is not None:
+                self._leaving = False
+                raise MdevError(errno.EBUSY, f"{self} is in use by {self._port.name}", self)
+
+    def _part(self) -> None:
+        with self._freed:
+            self._port = None
+            self._freed.notify_all()
 
     def frames(self, limit: int = 1024) -> FrameQueue:
         """Connect a queue of up to `limit` received frames; a context manager that disconnects it. EBUSY as `connect`."""
@@ -358,13 +402,16 @@ class NetDevice:
         with self.irq.paused():
             queues, self._before = self._tx, self.statistics
             self._tx, self._rx = (), ()
-        self._wake_senders(queues)
+        for queue in queues:
+            queue.end(self._suspended())
 
     def shut_down(self, reason: MdevError) -> None:
         """End the netdev: whoever sends or receives gets `reason`."""
         with self.irq.paused():
-            port, self._port, self.broken = self._port, None, reason
-        self._wake_senders(self._tx)
+            port, queues, self.broken = self._port, self._tx, reason
+            self._part()
+        for queue in queues:
+            queue.end(reason)
         if port is not None:
             port.on_gone()
 
@@ -400,12 +447,6 @@ class NetDevice:
         log.info("%s: link %s", self, "up" if up else "down")
         if self._port is not None:
             self._port.on_link(up)
-
-    @staticmethod
-    def _wake_senders(queues: Sequence[_Transmit]) -> None:
-        for queue in queues:
-            with queue.lock:
-                queue.lock.notify_all()
 
 
 class FrameQueue(NetPort):

@@ -16,10 +16,10 @@ import socket
 import struct
 import threading
 from collections import deque
-from html import escape
 from pathlib import Path
 from typing import Final
 
+from mdevkit.driver import libvirt_arguments
 from mdevkit.errors import MdevError
 from mdevkit.sockets import Listen, socket_identity, unlink_socket
 
@@ -46,7 +46,7 @@ def attach_arguments(client: str, path: str, mac: str, name: str) -> list[str]:
     if client == "qemu":
         return qemu
     if client == "libvirt":
-        return ["<qemu:commandline>", *(f"  <qemu:arg value='{escape(word)}'/>" for word in qemu), "</qemu:commandline>"]
+        return libvirt_arguments(qemu)
     return []
 
 
@@ -213,9 +213,7 @@ class StreamServer:
         self.path: Final = str(Path(path).absolute())
         self._netdev: Final = netdev
         self._port: StreamPort | None = None
-        self._leaving = False
         self._closed = False
-        self._empty: Final = threading.Condition()
         self._listener: Final = listen(self.path)
         self._listener.setblocking(False)
         self._identity: Final = socket_identity(self.path)
@@ -230,7 +228,7 @@ class StreamServer:
             log.warning("%s: nobody can be accepted: %s", self._netdev, error)
             self._pause()
             return
-        if self._port is not None or self._leaving or self._netdev.port is not None or self._netdev.broken is not None:
+        if not self._netdev.free:
             sock.close()
             return
         self._port = StreamPort(self, self._netdev, sock)
@@ -251,26 +249,14 @@ class StreamServer:
     def left(self, port: StreamPort) -> None:
         """Note that a port has hung up; for the port."""
         log.info("%s: %s is not connected any more", self._netdev, port.name)
-        with self._empty:
-            if self._port is port:
-                self._port = None
-            self._empty.notify_all()
+        if self._port is port:
+            self._port = None
 
     def let_go(self, timeout: float, force: bool) -> None:
-        """Wait up to `timeout` seconds for the netdev's user to leave, admitting no other: then EBUSY names it.
-
-        With `force` a program at the socket is hung up on.
-        """
-        self._leaving = True
+        """See `NetDevice.let_go`; with `force` a program at the socket is hung up on."""
+        self._netdev.let_go(timeout, force)
         if force:
             self._hang_up()
-            return
-        with self._empty:
-            self._empty.wait_for(lambda: self._port is None, timeout)
-        port = self._netdev.port
-        if port is not None:
-            self._leaving = False
-            raise MdevError(errno.EBUSY, f"{self._netdev} is in use by {port.name}", self._netdev)
 
     def _hang_up(self) -> None:
         with self._netdev.irq.paused():
@@ -279,12 +265,11 @@ class StreamServer:
 
     def close(self) -> None:
         """Hang up on whoever is connected and take the socket away. Closing twice is harmless."""
-        self._leaving = True
-        self._hang_up()
         with self._netdev.irq.paused():
             if self._closed:
                 return
             self._closed = True
+            self._hang_up()
             self._netdev.irq.unwatch(self._listener.fileno())
         unlink_socket(self._listener, self._identity, self.path)
 
