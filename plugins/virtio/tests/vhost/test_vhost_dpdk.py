@@ -22,7 +22,12 @@ pytestmark = pytest.mark.timeout(180)
 #: Seconds anything may take on a machine that has much else to do.
 LIMIT = 30
 #: What may come in the middle of anything, even of a prompt.
-EVENT = re.compile(r"\r*\nPort \d+: link state change event\r*\n")
+EVENT = re.compile(r"Port\d+:linkstatechangeevent")
+
+
+def _plain(text):
+    """What was said without white space, and without what another thread says in the middle of it, even of a word."""
+    return EVENT.sub("", re.sub(r"\s+", "", text))
 
 
 class Pmd:
@@ -72,20 +77,20 @@ class Pmd:
         return self.hear(answer, start)
 
     def hear(self, expression, start=0):
-        """Wait until it has said something."""
+        """Wait until it has said something, without regard to white space."""
         with self._heard:
-            heard = self._heard.wait_for(lambda: re.search(expression, EVENT.sub("", self.output[start:]), re.DOTALL), LIMIT)
+            heard = self._heard.wait_for(lambda: re.search(expression, _plain(self.output[start:])), LIMIT)
             assert heard, self.output
             return heard.group(0)
 
     def received(self):
         """Return how many frames have come in so far."""
-        answer = self.say("show port stats all", r"RX-packets: \d+.*?TX-errors.*?#{20}")
-        return int(re.search(r"RX-packets: (\d+)", answer).group(1))
+        answer = self.say("show port stats all", r"RX-packets:\d+.*?TX-errors.*?#{20}")
+        return int(re.search(r"RX-packets:(\d+)", answer).group(1))
 
     def ready(self):
         """Wait until the device is up."""
-        self.hear(r"testpmd> ")
+        self.hear(r"testpmd>")
         return self
 
     def traffic(self, more=20_000):
@@ -107,7 +112,7 @@ class Pmd:
 
     def quit(self):
         """End it in order."""
-        self.say("stop", r"testpmd> ")
+        self.say("stop", r"testpmd>")
         self._process.stdin.write("quit\n")
         self._process.stdin.flush()
         assert self._process.wait(LIMIT) == 0
@@ -133,7 +138,7 @@ def test_frames_go_round(serve, testpmd, until, more):
     served = serve(num=1024)
     program = testpmd(served, more).ready()
     assert served.server.client.pid == program.pid
-    program.say("start tx_first 2", r"testpmd> ")
+    program.say("start tx_first 2", r"testpmd>")
     program.traffic()
     program.quit()
     until(lambda: served.server.client is None)
@@ -143,7 +148,7 @@ def test_frames_go_round(serve, testpmd, until, more):
 def test_two_pairs(serve, testpmd):
     served = serve(pairs=2, num=256)
     program = testpmd(served, queues=2).ready()
-    program.say("start tx_first 2", r"testpmd> ")
+    program.say("start tx_first 2", r"testpmd>")
     program.traffic()
     assert all(served.ops.get_vq_ready(index) for index in range(4))
     program.quit()
@@ -154,7 +159,7 @@ def test_a_client_that_is_killed_is_followed_by_another(serve, testpmd, until):
     served = serve()
     for _ in range(2):
         program = testpmd(served).ready()
-        program.say("start tx_first 2", r"testpmd> ")
+        program.say("start tx_first 2", r"testpmd>")
         program.traffic()
         program.kill()
         until(lambda: served.server.client is None, LIMIT)
@@ -164,11 +169,11 @@ def test_a_port_is_stopped_and_started(serve, testpmd):
     served = serve()
     program = testpmd(served).ready()
     for _ in range(2):
-        program.say("start tx_first 2", r"testpmd> ")
+        program.say("start tx_first 2", r"testpmd>")
         program.traffic()
-        program.say("stop", r"testpmd> ")
-        program.say("port stop all", r"Done.*testpmd> ")
-        program.say("port start all", r"Done.*testpmd> ")
+        program.say("stop", r"testpmd>")
+        program.say("port stop all", r"Done.*testpmd>")
+        program.say("port start all", r"Done.*testpmd>")
     program.quit()
     assert not served.refusals()
 
@@ -179,15 +184,15 @@ def test_a_backend_that_comes_back_is_used_again(serve, loopback, testpmd, tmp_p
     path = str(tmp_path / "frontend.sock")
     first = serve(loopback(name="first", num=256), Connecting(path))
     program = testpmd(first, more).ready()
-    program.say("start tx_first 2", r"testpmd> ")
+    program.say("start tx_first 2", r"testpmd>")
     program.traffic()
     # No GET_VRING_BASE, no farewell: as if it had been killed.
     first.server.close()
     second = serve(loopback(name="second", num=256), Connecting(path))
     until(lambda: second.ops.get_vq_ready(0) and second.ops.get_vq_ready(1), LIMIT)
     if more:
-        program.say("stop", r"testpmd> ")
-        program.say("start tx_first 2", r"testpmd> ")
+        program.say("stop", r"testpmd>")
+        program.say("start tx_first 2", r"testpmd>")
     program.traffic()
     program.quit()
     assert not second.refusals()
