@@ -260,6 +260,16 @@ def test_a_frame_that_was_to_be_sent_is_sent_by_the_one_that_goes_on(card):
     assert counted == [0, 0, 1]
 
 
+def written_by_message(device, dma_write):
+    """Have a device opened anew write the guest's memory through `dma_write`."""
+    device.release()
+    slow = Memory()
+    slow.dma_write = dma_write
+    device.open(slow)
+    os.close(slow.fd)
+    device.dma_map(DmaRegion(MEMORY, 0x10000, readable=True, writable=True))
+
+
 @pytest.mark.parametrize(("interrupt", "posted"), [("stop", 1), ("reset", 0)])
 def test_a_frame_that_arrives_while_the_device_stops_has_not_arrived(card, interrupt, posted):
     """It is being written, by message, when migration stops the device, or the guest resets it: the buffer stays the guest's."""
@@ -274,12 +284,7 @@ def test_a_frame_that_arrives_while_the_device_stops_has_not_arrived(card, inter
             second.reset()
         written.set()
 
-    second.release()
-    slow = Memory()
-    slow.dma_write = dma_write
-    second.open(slow)
-    os.close(slow.fd)
-    second.dma_map(DmaRegion(MEMORY, 0x10000, readable=True, writable=True))
+    written_by_message(second, dma_write)
     post(second)
     fill(first, memory, FRAME)
     word(first, regs.TX_DOORBELL, 1)
@@ -304,12 +309,7 @@ def test_a_frame_that_comes_after_a_reset_is_not_lost_with_the_one_before(card):
             post(second)
             assert second.deliver(later)
 
-    second.release()
-    slow = Memory()
-    slow.dma_write = dma_write
-    second.open(slow)
-    os.close(slow.fd)
-    second.dma_map(DmaRegion(MEMORY, 0x10000, readable=True, writable=True))
+    written_by_message(second, dma_write)
     post(second)
     fill(first, memory, FRAME)
     word(first, regs.TX_DOORBELL, 1)

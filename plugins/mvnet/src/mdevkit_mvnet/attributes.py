@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from mdevkit.attributes import Attribute, Choice, Int, Kind, Text
+from mdevkit_virtio.netspec import MAX_MTU, MIN_MTU
 
 if TYPE_CHECKING:
     from mdevkit.device import Mdev
@@ -31,9 +32,6 @@ DOWN: Final = "down"
 
 #: Queue pairs a device can have.
 MAX_PAIRS: Final = 8
-#: MTUs of a network device (virtio 1.2, 5.1.4.1).
-MIN_MTU: Final = 68
-MAX_MTU: Final = 65535
 
 
 class Mac(Kind[str]):

@@ -26,11 +26,9 @@ from mdevkit_virtio.layout import (
     Wait,
 )
 from mdevkit_virtio.memory import MemoryTable, Piece
+from mdevkit_virtio.netspec import NUM_BUFFERS_AT
 from mdevkit_virtio.ops import signal_eventfd
 from mdevkit_virtio.ring import BrokenError, Chain, Cursor, PyRing, mark_pieces
-
-#: struct virtio_net_hdr_v1: where num_buffers is.
-_NUM_BUFFERS_AT: Final = 10
 
 
 class Signalled(Protocol):
@@ -153,8 +151,8 @@ class PyMover:
         Bytes are copied in the same order and the same parts as in C: drivers may let their buffers overlap.
         """
         source = _Place(chain.inputs)
-        header = source.peek(_NUM_BUFFERS_AT) if self.options.keep_header else bytes(_NUM_BUFFERS_AT)
-        header += b"\1\0"[: self.options.rx_header - _NUM_BUFFERS_AT]
+        header = source.peek(NUM_BUFFERS_AT) if self.options.keep_header else bytes(NUM_BUFFERS_AT)
+        header += b"\1\0"[: self.options.rx_header - NUM_BUFFERS_AT]
         source.advance(self.options.tx_header)
         first: tuple[Piece, ...] = ()
         used: list[Used] = []
@@ -181,8 +179,8 @@ class PyMover:
             if not length:
                 break
         if len(used) > 1:
-            scatter(first, _NUM_BUFFERS_AT, len(used).to_bytes(2, "little"))
-            mark_pieces(rx.setup.log, first, _NUM_BUFFERS_AT, 2)
+            scatter(first, NUM_BUFFERS_AT, len(used).to_bytes(2, "little"))
+            mark_pieces(rx.setup.log, first, NUM_BUFFERS_AT, 2)
         self._rx_used += used
         return _Outcome.MOVED
 

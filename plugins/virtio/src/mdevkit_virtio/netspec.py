@@ -58,9 +58,14 @@ LINK_UP: Final = 1
 SPEED_UNKNOWN: Final = 0xFFFFFFFF
 DUPLEX_UNKNOWN: Final = 0xFF
 
-#: Bytes of struct virtio_net_hdr (5.1.6), and without num_buffers for a driver of before 1.0.
+#: MTUs of a network device (5.1.4.1); the least is IPv4's (RFC 791).
+MIN_MTU: Final = 68
+MAX_MTU: Final = 65535
+
+#: Bytes of struct virtio_net_hdr (5.1.6), and without num_buffers, its last field, for a driver of before 1.0.
 HEADER: Final = 12
 LEGACY_HEADER: Final = 10
+NUM_BUFFERS_AT: Final = LEGACY_HEADER
 _LONG_HEADER: Final = int(NetFeature.VERSION_1 | NetFeature.MRG_RXBUF)
 
 

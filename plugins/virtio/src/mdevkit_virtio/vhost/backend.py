@@ -32,7 +32,7 @@ from mdevkit.errors import MdevError
 
 from mdevkit_virtio.layout import Feature
 from mdevkit_virtio.memory import MAX_REGIONS, DirtyLog, MemoryTable, Region, check_total
-from mdevkit_virtio.netspec import NetFeature
+from mdevkit_virtio.netspec import MAX_MTU, MIN_MTU, NetFeature
 from mdevkit_virtio.ops import RESET, Callback, Status, VirtioOps, drain_eventfd
 from mdevkit_virtio.vhost import proto
 from mdevkit_virtio.vhost.descriptors import check_eventfd, take_socket
@@ -42,9 +42,6 @@ from mdevkit_virtio.vhost.vring import Vring
 
 log = logging.getLogger("mdevkit.virtio")
 
-#: MTUs a network device can have (virtio 1.2, 5.1.4.1: at least 68; an IPv6 link at least 1280, but that is not ours to check).
-MTU_MIN: Final = 68
-MTU_MAX: Final = 65535
 #: Where the MTU is in struct virtio_net_config, and its bytes.
 _MTU_AT: Final = (10, 2)
 #: The status bits in the order in which a driver sets them.
@@ -445,11 +442,11 @@ class Backend:
 
     def _net_set_mtu(self, payload: bytes) -> None:
         mtu = proto.parse_u64(Request.NET_SET_MTU, payload)
-        most = MTU_MAX
+        most = MAX_MTU
         if self._traits.features & NetFeature.MTU:
             most = int.from_bytes(self._ops.get_config(*_MTU_AT), "little")
-        if not MTU_MIN <= mtu <= most:
-            raise proto.invalid(Request.NET_SET_MTU, f"an MTU of {mtu} is outside {MTU_MIN} to {most}")
+        if not MIN_MTU <= mtu <= most:
+            raise proto.invalid(Request.NET_SET_MTU, f"an MTU of {mtu} is outside {MIN_MTU} to {most}")
 
     def _get_config(self, payload: bytes) -> bytes:
         asked = proto.Config.parse(Request.GET_CONFIG, payload)

@@ -18,10 +18,7 @@ from mdevkit.errors import MdevError
 
 from mdevkit_virtio.driverside import Completion, DriverRing, GuestMemory, Segment, make_driver_ring
 from mdevkit_virtio.layout import NO_FEATURES, Feature, VringBase
-from mdevkit_virtio.netspec import header_size
-
-#: Where a virtio-net header tells over how many buffers a frame is spread (virtio 1.2, 5.1.6).
-_NUM_BUFFERS_AT: Final = 10
+from mdevkit_virtio.netspec import NUM_BUFFERS_AT, header_size
 
 
 class FrontendQueue:
@@ -206,9 +203,9 @@ class NetPair:
 
     def _buffers_of(self, first: Completion) -> int:
         """Return over how many buffers the frame is spread that starts in this one."""
-        if self.header == _NUM_BUFFERS_AT:
+        if self.header == NUM_BUFFERS_AT:
             return 1
-        at = self.rx_buffers[first.token] + _NUM_BUFFERS_AT
+        at = self.rx_buffers[first.token] + NUM_BUFFERS_AT
         return max(1, int.from_bytes(self.memory.map[at : at + 2], "little"))
 
     def _take(self, skip: int) -> bytes:

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Final
 from mdevkit.errors import MdevError
 from mdevkit.paths import runtime_dir
 
+from mdevkit_virtio.netspec import HEADER, LINK_UP, MIN_MTU
 from mdevkit_virtio.ops import Status
 from mdevkit_virtio.virtio.bus import VirtioDriver
 from mdevkit_virtio.virtio.control import ControlQueue
-from mdevkit_virtio.virtio.netdev import ETH_HEADER, HEADER, VLAN_TAG, NetDevice
+from mdevkit_virtio.virtio.netdev import ETH_HEADER, VLAN_TAG, NetDevice
 from mdevkit_virtio.virtio.stream import StreamServer, attach_arguments
 from mdevkit_virtio.virtio.vring import QueueRequest
 
@@ -40,9 +41,7 @@ F_MQ: Final = 22
 #: struct virtio_net_config (5.1.4): where its fields are.
 _MAC_AT, _STATUS_AT, _PAIRS_AT, MTU_AT = 0, 6, 8, 10
 _MAC_SIZE: Final = 6
-_LINK_UP: Final = 1
-#: The least MTU IPv4 allows (RFC 791), and the one of a device that does not tell.
-MIN_MTU: Final = 68
+#: The MTU of a device that does not tell.
 DEFAULT_MTU: Final = 1500
 #: Bytes of a receive buffer where a frame may be spread over several.
 _MERGEABLE_SIZE: Final = 2048
@@ -159,7 +158,7 @@ def _read_mac(device: VirtioDevice) -> bytes:
 
 
 def _link_is_up(device: VirtioDevice) -> bool:
-    return not device.has(F_STATUS) or bool(device.read_number(_STATUS_AT, 2) & _LINK_UP)
+    return not device.has(F_STATUS) or bool(device.read_number(_STATUS_AT, 2) & LINK_UP)
 
 
 def _set_up(device: VirtioDevice, netdev: NetDevice) -> None:

@@ -26,6 +26,7 @@ from typing import Final, Self
 
 from mdevkit.errors import MdevError, brief
 
+from mdevkit_virtio.netspec import HEADER, NUM_BUFFERS_AT
 from mdevkit_virtio.virtio.irq import InterruptThread
 from mdevkit_virtio.virtio.vring import DriverVirtqueue, Slot
 
@@ -34,9 +35,6 @@ log = logging.getLogger("mdevkit.virtio")
 #: Bytes of an Ethernet header, with a VLAN tag, and the shortest frame: a header with nothing behind it.
 ETH_HEADER: Final = 14
 VLAN_TAG: Final = 4
-#: struct virtio_net_hdr_v1 (virtio 1.2, 5.1.6): its size, and where it says over how many buffers a frame is spread.
-HEADER: Final = 12
-_NUM_BUFFERS_AT: Final = 10
 #: Bytes of a frame that tell flows apart: MAC and IP addresses, ports.
 _FLOW: Final = 42
 #: Frames received from one queue before everything else of the device has its turn (NAPI_POLL_WEIGHT).
@@ -153,7 +151,7 @@ class _Receive:
         The buffers of one frame come together (virtio 1.2, 5.1.6.4.1): fewer than it says are no frame either.
         """
         slot, length = self.pending[0]
-        count = int.from_bytes(self.queue.bytes_at(slot.address + _NUM_BUFFERS_AT, 2), "little") or 1
+        count = int.from_bytes(self.queue.bytes_at(slot.address + NUM_BUFFERS_AT, 2), "little") or 1
         buffers = list(itertools.islice(self.pending, count))
         if length < HEADER + ETH_HEADER or len(buffers) < count or any(size > slot.size for slot, size in buffers):
             return None, len(buffers)
