@@ -315,13 +315,30 @@ def test_a_child_opens_its_own_memory():
     os.close(writer)
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, 0x8001, 0xFFFF])
-def test_an_index_moves_on_by_powers_of_two(count):
+def test_words_are_stored_in_one_piece():
+    """Several threads at once, each of its own numbers, and a child: nobody stores what another one was about to."""
     import ctypes
 
-    word = ctypes.c_uint32(0xFFF0_0001)
-    access.add_to_high_half(ctypes.addressof(word), count)
-    assert word.value == ((0xFFF0 + count) & 0xFFFF) << 16 | 1
+    words = (ctypes.c_uint32 * 4)()
+    mixed = []
+
+    def store(index):
+        for value in (0, 1, 0x1234_5678, 0x8000_0000, 0xFFFF_FFFF) * 200:
+            access.store_word(ctypes.addressof(words) + 4 * index, (value ^ index).to_bytes(4, sys.byteorder))
+            if words[index] != value ^ index:
+                mixed.append((index, value, words[index]))
+
+    threads = [threading.Thread(target=store, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    child = os.fork()
+    if not child:
+        store(0)
+        os._exit(len(mixed) > 0)
+    for thread in threads:
+        thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert not mixed
 
 
 def test_what_a_queue_used_goes_with_it(rigs, engine, features):

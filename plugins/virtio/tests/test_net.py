@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
 from mdevkit_virtio.driverside import Segment
-from mdevkit_virtio.layout import MAX_BURST, Fault, Feature, MoveCounters, MoveOptions, RingError, Wait
+from mdevkit_virtio.layout import MAX_BURST, NO_FEATURES, Fault, Feature, MoveCounters, MoveOptions, RingError, Wait
 from mdevkit_virtio.memory import DirtyLog
 
 ZERO = bytes(10)
@@ -153,6 +155,37 @@ def test_a_large_frame_is_spread_over_mergeable_buffers(rig, features):
     assert first[:12] == ZERO + b"\3\0"
     assert b"".join([first[12:], *rest[:2]]) == _frame(250)
     assert rest[2:] == [ZERO + b"\1\0" + _frame(88, 1)]
+
+
+WATCH = """
+import mmap, sys
+fd, at, end = map(int, sys.argv[1:])
+indexes = memoryview(mmap.mmap(fd, 0)).cast("H")
+print("watching", flush=True)
+seen = {0}
+while end not in seen:
+    seen.add(indexes[at // 2])
+print(*sorted(index for index in seen if index % 7))
+"""
+
+
+@pytest.mark.parametrize("features", [NO_FEATURES, Feature.EVENT_IDX], ids=["split", "split-event"])
+def test_the_buffers_of_a_frame_come_back_together(rig, features):
+    """A driver that looks at the wrong moment sees all of them or none (5.1.6.4.1): one of seven is no frame, and is lost."""
+    net, rounds = Net(rig, features, MoveOptions(mergeable=True)), 500
+    sizes = rig.memory.fd, net.rx_ring.device + 2, 7 * rounds
+    command = [sys.executable, "-c", WATCH, *map(str, sizes)]
+    with subprocess.Popen(command, pass_fds=[rig.memory.fd], stdout=subprocess.PIPE, text=True) as watcher:
+        assert watcher.stdout.readline() == "watching\n"
+        frame, buffers = Segment(rig.place(_frame(650)), 650), [Segment(rig.place(bytes(100)), 100) for _ in range(7)]
+        for _ in range(rounds):
+            for buffer in buffers:
+                assert net.rx_ring.add([], [buffer], None)
+            assert net.tx_ring.add([frame], [], None)
+            assert net.mover.move() == 1
+            assert len(net.rx_ring.collect()) == 7
+            assert len(net.tx_ring.collect()) == 1
+        assert watcher.stdout.read() == "\n"
 
 
 def test_a_frame_waits_until_all_its_buffers_are_there(rig, features):

@@ -5,9 +5,10 @@ which Python cannot survive. So bytes go through /proc/self/mem, where the kerne
 also never makes the file grow, as pwrite(2) on it would, and works on hugetlbfs, where pwrite does not.
 
 A copy by the kernel may be torn: another processor can see one byte of a field new and the next one old. That is harmless
-for everything but the used index of a split ring, which drivers compare for equality. It is moved on by futex(2), whose
-FUTEX_WAKE_OP adds a power of two to a word of user memory: atomically, with a full barrier, and with EFAULT where the
-memory is gone. (`struct.pack_into` on the mapping would be worse than torn: it clears a field before writing it.)
+for everything but the used index of a split ring, which drivers compare for equality. It is stored by ioctl(2): FIONREAD of
+a regular file stores size minus position, a number of our choosing, as one 32-bit word, and answers EFAULT where the memory
+is gone. (`struct.pack_into` on the mapping would be worse than torn: it clears a field before writing it.) What has to be
+changed and not just stored goes through futex(2): FUTEX_WAKE_OP clears a bit of a word atomically.
 
 Any thread may call in.
 """
@@ -18,6 +19,10 @@ import ctypes
 import errno
 import os
 import platform
+import sys
+import termios
+import threading
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from mdevkit.errors import MdevError
@@ -25,8 +30,7 @@ from mdevkit.errors import MdevError
 _FUTEX_NUMBERS: Final = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}
 _FUTEX_WAKE_OP: Final = 5
 _FUTEX_PRIVATE: Final = 128
-#: FUTEX_OP_ADD and FUTEX_OP_ANDN with FUTEX_OP_OPARG_SHIFT: add 1 << argument, clear that bit.
-_OP_ADD_BIT: Final = 1 | 8
+#: FUTEX_OP_ANDN with FUTEX_OP_OPARG_SHIFT: clear bit 1 << argument.
 _OP_CLEAR_BIT: Final = 3 | 8
 _OP_ADD: Final = 1
 
@@ -43,25 +47,35 @@ class TruncatedError(Exception):
         self.host: Final = host
 
 
-class _ProcessMemory:
-    """The descriptor of /proc/self/mem; it belongs to one process, so a child opens its own."""
+class _Ioctl(Protocol):
+    def __call__(self, fd: int, request: int, address: int) -> int: ...
 
-    def __init__(self) -> None:
+
+class _OwnFile:
+    """A descriptor that belongs to one process, so a child opens its own; `lock` is for its position."""
+
+    def __init__(self, open_it: Callable[[], int]) -> None:
         self.fd = -1
+        self.lock = threading.Lock()
+        self._open_it: Final = open_it
         os.register_at_fork(after_in_child=self._forget)
 
     def open(self) -> int:
         if self.fd < 0:
-            self.fd = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
+            self.fd = self._open_it()
         return self.fd
 
     def _forget(self) -> None:
+        # Whoever held the lock is not here.
+        self.lock = threading.Lock()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
 
-_memory: Final = _ProcessMemory()
+_memory: Final = _OwnFile(lambda: os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC))
+#: Empty: minus its position is what FIONREAD stores.
+_empty: Final = _OwnFile(lambda: os.memfd_create("words", os.MFD_CLOEXEC))
 _futex_number: Final = _FUTEX_NUMBERS.get(platform.machine())
 _fence_word: Final = ctypes.c_uint32(0)
 _fence_address: Final = ctypes.addressof(_fence_word)
@@ -82,7 +96,14 @@ def _load_syscall() -> _Syscall:
     return function
 
 
+def _load_ioctl() -> _Ioctl:
+    function = ctypes.CDLL(None, use_errno=True).ioctl
+    function.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
+    return function
+
+
 _syscall: Final = _load_syscall()
+_ioctl: Final = _load_ioctl()
 
 
 def read(host: int, size: int) -> bytes:
@@ -106,14 +127,21 @@ def write(host: int, data: bytes) -> None:
         raise TruncatedError(host)
 
 
-def add_to_high_half(host: int, count: int) -> None:
-    """Add `count` to the upper 16 bits of the 32-bit little-endian word at `host`, 4-byte aligned, and be a full barrier.
+def store_word(host: int, data: bytes) -> None:
+    """Write 4 bytes at an address of ours that is a multiple of 4, in one piece; what was written before is seen before it.
 
-    One atomic step per bit of `count`, the largest last: each value between is a smaller count, published for good.
+    `TruncatedError` if they are not there any more.
     """
-    for bit in range(16):
-        if count >> bit & 1:
-            _futex_op(host, _OP_ADD_BIT, 16 + bit)
+    fence()
+    with _empty.lock:
+        fd = _empty.open()
+        os.lseek(fd, -int.from_bytes(data, sys.byteorder) & 0xFFFFFFFF, os.SEEK_SET)
+        if _ioctl(fd, termios.FIONREAD, host) == 0:
+            return
+        number = ctypes.get_errno()
+    if number == errno.EFAULT:
+        raise TruncatedError(host)
+    raise MdevError(number, f"FIONREAD: {os.strerror(number)}")
 
 
 def clear_bit(host: int, bit: int) -> None:

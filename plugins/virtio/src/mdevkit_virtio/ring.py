@@ -366,7 +366,8 @@ class PySplitRing(PyRing):
                 access.write(self._device + at, part)
                 self._log_ring(self.setup.areas.device, at, len(part))
         self.used = (self.used + len(used)) & 0xFFFF
-        access.add_to_high_half(self._device, len(used))
+        # All at once: the buffers of one frame come back together (5.1.6.4.1). The flags before it are ours alone.
+        access.store_word(self._device, access.read(self._device, 2) + self.used.to_bytes(2, "little"))
         self._log_ring(self.setup.areas.device, 0, 4)
 
     def _wants_signal(self, count: int) -> bool:
