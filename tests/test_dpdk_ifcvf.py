@@ -19,6 +19,8 @@ from mdevkit_virtio.vhost.driver import VhostMdevDriver
 
 from tests.dpdk import PATIENCE, Traffic
 
+pytestmark = pytest.mark.alone
+
 TX = 1
 #: `start tx_first 3` sends so many bursts of 32 frames.
 BURSTS = 3

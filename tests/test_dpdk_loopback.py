@@ -18,6 +18,8 @@ from mdevkit_virtio.vhost.driver import VhostMdevDriver
 
 from tests.dpdk import PATIENCE, Traffic
 
+pytestmark = pytest.mark.alone
+
 PAIRS = 2
 #: `start tx_first 3` sends so many bursts of 32 frames on each queue.
 BURSTS = 3

@@ -14,6 +14,8 @@ import pytest
 from tests.guests.network import Card, boot
 from tests.services import private_service
 
+pytestmark = pytest.mark.alone
+
 PLUGINS = "mdevkit-ifcvf-sim,mdevkit-vfio,mdevkit-virtio"
 
 

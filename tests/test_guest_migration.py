@@ -16,6 +16,8 @@ from tests.guests import Device
 from tests.guests.migration import cancel_migration, differing_pages, migrate
 from tests.guests.network import Card, arguments, boot
 
+pytestmark = pytest.mark.alone
+
 TYPE = "mvnet_loopback-vhost"
 #: What a card offers in whose receive buffers the guest's driver writes nothing: GUEST_CSUM (1) and GUEST_TSO4 (7), no MRG_RXBUF.
 UNTOUCHED = {"features": hex(1 << 1 | 1 << 5 | 1 << 7 | 1 << 16 | 1 << 28 | 1 << 29 | 1 << 32)}

@@ -14,6 +14,8 @@ import pytest
 from tests.guests import Device
 from tests.guests.network import Card, arguments, boot
 
+pytestmark = pytest.mark.alone
+
 #: What each card's ``-device`` gets beside what is printed.
 OPTIONS = {
     "split": "event_idx=off,indirect_desc=off",

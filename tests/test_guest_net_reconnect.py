@@ -7,6 +7,8 @@ import pytest
 from tests.guests import Device
 from tests.guests.network import Card, arguments, boot
 
+pytestmark = pytest.mark.alone
+
 TYPE = "mvnet_loopback-vhost"
 
 

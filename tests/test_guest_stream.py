@@ -14,6 +14,8 @@ import pytest
 from tests.guests.network import Card, boot
 from tests.services import private_service
 
+pytestmark = pytest.mark.alone
+
 PLUGINS = "mdevkit-mvnet,mdevkit-subfunction,mdevkit-vfio,mdevkit-virtio,mdevkit-vdev"
 CARD = "0000:06:00.0"
 

@@ -21,6 +21,8 @@ from tests.guests.serial import EXCHANGE, ports_at_boot
 from tests.services import private_service, wait_until
 from tests.survivor import PATIENCE, PLUGINS, Survivor
 
+pytestmark = pytest.mark.alone
+
 SIZE = 24 * 1024
 KILLS = 20
 #: The text of a run, without what a terminal could take for something else.

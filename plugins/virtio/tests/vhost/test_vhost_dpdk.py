@@ -17,7 +17,7 @@ from mdevkit_virtio.vhost.sources import Connecting
 
 from tests import dpdk
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(180)]
 
 #: Seconds anything may take on a machine that has much else to do.
 LIMIT = 30
