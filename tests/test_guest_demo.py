@@ -16,24 +16,26 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def demo(tmp_path):
+def demo(tmp_path, tmp_path_factory):
     """Runs the demo to its end, and checks that it succeeded and left nothing where temporary files go."""
+    # A folder of a test's name is too deep for a socket's path.
+    runtime = tmp_path_factory.mktemp("d")
+    runtime.chmod(0o700)
 
     def run(**environment):
         done = subprocess.run(
             [sys.executable, "-m", "tests.demo"],
             cwd=ROOT,
-            env={**os.environ, "TMPDIR": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path / "run"), **environment},
+            env={**os.environ, "TMPDIR": str(tmp_path), "XDG_RUNTIME_DIR": str(runtime), **environment},
             capture_output=True,
             text=True,
             timeout=100,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
+        assert [path for folder in (tmp_path, runtime) for path in folder.rglob("*") if not path.is_dir()] == []
         return done.stdout
 
-    (tmp_path / "run").mkdir(mode=0o700)
     return run
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import os
 import signal
 import socket
@@ -286,6 +287,7 @@ def open_files():
 @pytest.fixture
 def no_leaks():
     """Nothing is left behind: no thread, no descriptor."""
+    gc.collect()  # what earlier tests left is not closed in the middle of this one
     fds, threads = descriptors(), set(threading.enumerate())
     yield
     until(lambda: set(threading.enumerate()) <= threads)

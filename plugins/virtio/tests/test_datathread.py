@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import threading
 import time
@@ -340,6 +341,7 @@ def test_a_client_that_fills_its_eventfd_does_not_keep_the_thread(link, threads)
 
 
 def test_closing_is_final_and_harmless_twice(link, threads):
+    gc.collect()
     before = threading.active_count()
     descriptors = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  # of descriptors, not of files
     thread = DataThread("data", link.rig.engine)

@@ -161,6 +161,7 @@ def test_look_up_agrees_with_looking_at_every_region(spans, probes):
 
 
 def test_mapped_memory_costs_no_descriptor(fd):
+    gc.collect()
     before = len(_entries("/proc/self/fd"))
     table = MemoryTable(Region(fd, at * PAGE, PAGE, offset=at * PAGE) for at in range(64))
     log = DirtyLog(fd, PAGE)

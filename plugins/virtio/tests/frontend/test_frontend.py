@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import random
 import socket
@@ -255,6 +256,7 @@ def test_a_backend_that_goes_is_said(scripted):
 
 def test_a_wrong_answer_is_said_and_its_descriptors_are_closed(scripted):
     frontend, theirs = scripted
+    gc.collect()
     before = len(list(Path("/proc/self/fd").iterdir()))
     fd = os.memfd_create("x")
     socket.send_fds(theirs, [proto.reply(Request.GET_STATUS, proto.pack_u64(0))], [fd, fd])
