@@ -252,6 +252,37 @@ def test_a_device_that_fails_costs_its_client_one_message(serve, client, loopbac
     assert frontend.get_features()
 
 
+# -- connections that say nothing, or nothing any more -------------------------------------------------------------------
+
+
+@pytest.fixture
+def listening(runtime_folder):
+    source = Listening(str(runtime_folder / "x"))
+    source.open()
+    yield source
+    source.close()
+
+
+@pytest.mark.parametrize(("gone", "taken"), [(True, True), (False, False)], ids=["gone", "there"])
+def test_a_client_that_is_gone_keeps_nobody_out(listening, gone, taken):
+    """It has spoken, so it gets its turn; whoever came meanwhile, perhaps the same program, gets the next one."""
+    with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
+        first.connect(listening.path)
+        assert listening.take(listening.watched(busy=False), refusing=False) is None
+        first.send(b"1")
+        if gone:
+            first.close()
+        second.connect(listening.path)
+        second.send(b"2")
+        with listening.take(listening.watched(busy=False), refusing=False) as sock:
+            assert sock.recv(8) == b"1"
+        sock = listening.take((), refusing=False)
+        assert (sock is not None) == taken
+        if sock is not None:
+            with sock:
+                assert sock.recv(8) == b"2"
+
+
 # -- paths -------------------------------------------------------------------------------------------------------------
 
 

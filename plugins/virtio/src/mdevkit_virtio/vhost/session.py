@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import select
 import socket
 import struct
 import threading
@@ -27,6 +26,7 @@ from mdevkit_virtio.vhost.backend import Backend
 from mdevkit_virtio.vhost.descriptors import close_all
 from mdevkit_virtio.vhost.framing import Inbox, Message
 from mdevkit_virtio.vhost.proto import Request
+from mdevkit_virtio.vhost.sources import hung_up
 
 log = logging.getLogger("mdevkit.virtio")
 
@@ -90,9 +90,7 @@ class Session:
 
     def hung_up(self) -> bool:
         """Whether the client has closed its end, though there may be messages left."""
-        poll = select.poll()
-        poll.register(self._sock, select.POLLRDHUP)
-        return bool(poll.poll(0))
+        return hung_up(self._sock)
 
     def open(self) -> None:
         """Take the device; MdevError if it cannot be reset."""

@@ -72,8 +72,8 @@ class Source(Protocol):
 class Listening:
     """A socket served at `path`, made by `listen`.
 
-    A connection becomes the client with its first byte: one that says nothing keeps nobody out. All others are closed when there
-    is a client.
+    A connection becomes the client with its first byte: one that says nothing keeps nobody out. All others are closed while there
+    is a client that has not hung up.
     """
 
     connects: Final = False
@@ -121,7 +121,9 @@ class Listening:
         for sock in [sock for sock in self._silent if _readable(sock)]:
             self._silent.remove(sock)
             if _speaks(sock):
-                self._turn_away()
+                # One that has spoken and gone keeps nobody out: whoever else is here may be the same program, back again.
+                if not hung_up(sock):
+                    self._turn_away()
                 return sock
             sock.close()
         return None
@@ -210,6 +212,13 @@ class Connecting:
     def _wait(self) -> None:
         self._next = time.monotonic() + self._backoff
         self._backoff = min(2 * self._backoff, BACKOFF_MOST)
+
+
+def hung_up(sock: socket.socket) -> bool:
+    """Whether the other end is closed, though there may be messages left."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def _readable(sock: socket.socket) -> bool:
