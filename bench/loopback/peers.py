@@ -22,6 +22,10 @@ DESCRIPTORS: Final = 1024
 BURSTS: Final = 32
 #: Seconds a process may take to start, to answer a command, to end.
 PATIENCE: Final = 30.0
+#: Seconds between two measurements. On a virtual machine with a balloon, Linux tells the host two seconds later what memory a
+#: process has given back (mm/page_reporting.c, PAGE_REPORTING_DELAY), which takes the processors away for 50 ms: from the next
+#: measurement, and more from the backend that starts faster.
+REST: Final = 3.0
 
 TESTPMD: Final = shutil.which("dpdk-testpmd") or "dpdk-testpmd"
 MDEVKIT: Final = Path(sys.executable).with_name("mdevkit")
@@ -175,4 +179,5 @@ def measure(backend: str, case: Case, seconds: float, warmup: float = 0.5) -> Sa
         traffic.say("stop")
         traffic.say("quit")
         traffic.wait()
+    time.sleep(REST)  # what these processes have left behind
     return Sample(rate, min((b - a) / elapsed for a, b in zip(before, after, strict=True)))
