@@ -1,7 +1,7 @@
 """Rules of a whole run: what CI skips, and which tests want the machine for themselves.
 
 With MDEVKIT_REQUIRE_ALL set, as `.ci/run` does, any skip makes the run fail. Under `-n` (pytest-xdist) a test marked `alone`
-waits until no other runs, and others wait for it: guests, and threads that poll, want every processor.
+waits until no other runs, and others wait for it: threads that poll, and guests under traffic, want a processor each.
 """
 
 from __future__ import annotations

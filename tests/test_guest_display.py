@@ -30,8 +30,6 @@ from mdevkit_vfio.proto import Command
 from tests.guests import Guest, Kit
 from tests.guests.root import loader
 
-pytestmark = pytest.mark.alone
-
 Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow: pip install -r requirements-dev.txt")
 
 #: Type and resolution of each mbochs.

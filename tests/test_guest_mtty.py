@@ -17,8 +17,6 @@ import pytest
 from tests.guests import Device, Guest
 from tests.guests.serial import EXCHANGE, ports_at_boot, serial_cards, wait_plugged
 
-pytestmark = pytest.mark.alone
-
 #: What one exchange sends through a port; a byte each way costs about 0.3 ms.
 SIZE = 16 * 1024
 

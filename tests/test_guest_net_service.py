@@ -11,8 +11,6 @@ import pytest
 from tests.guests.network import Card, arguments, boot
 from tests.services import Running
 
-pytestmark = pytest.mark.alone
-
 UUID = "5d7d1b1e-4d5f-4c3c-9a52-3e0f4ad7c0de"
 
 

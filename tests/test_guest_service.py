@@ -21,8 +21,6 @@ from tests.guests import Guest
 from tests.guests.serial import ports_at_boot, send
 from tests.services import Running
 
-pytestmark = pytest.mark.alone
-
 TEXT = b"Hello from the guest\n"
 
 #: Says that it listens, then answers each line that comes through the port.

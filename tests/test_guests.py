@@ -14,8 +14,6 @@ from tests.guests.interpreter import add_python
 from tests.guests.kit import find_kit
 from tests.guests.root import RootError, make_root
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture
 def empty_machine(monkeypatch, tmp_path):

@@ -506,6 +506,14 @@ def test_a_wrapper_plugin_that_does_not_wrap_is_refused(acme):
 # -- cost --------------------------------------------------------------------------------------------------------------
 
 
+def test_asking_the_service_imports_little():
+    """`list` and completion start with this: typing, pathlib and dataclasses would each cost as much as all the rest."""
+    heavy = "{'typing', 'pathlib', 'dataclasses', 'logging', 'asyncio'}"
+    code = f"import sys; wanted = {heavy} - set(sys.modules); import mdevkit.client; print(wanted & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_importing_the_package_imports_nothing_of_it():
     code = """
         import sys, mdevkit

@@ -16,8 +16,6 @@ from mdevkit.errors import MdevError
 
 from tests.services import Running, wait_until
 
-pytestmark = pytest.mark.alone
-
 #: How many sequences, and operations in each; CI runs more than a developer wants to wait for.
 _USUAL = ("10", "500") if os.environ.get("MDEVKIT_REQUIRE_ALL") else ("2", "120")
 SEEDS = range(int(os.environ.get("MDEVKIT_KILL_SEEDS", _USUAL[0])))

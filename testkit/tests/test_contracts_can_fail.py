@@ -23,7 +23,7 @@ def results(tmp_path_factory) -> list[dict]:
     """What became of every test: vendor, test, expected (a pattern, for a broken vendor), report (of a failure), skipped."""
     record = tmp_path_factory.mktemp("vendors") / "record.json"
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", VENDORS, "-p", "no:cacheprovider"]
-    files = ["good.py", "broken_parents.py", "broken_devices.py", "broken_virtio.py"]
+    files = ["good.py", "broken_parents.py", "broken_devices.py", "broken_serving.py", "broken_virtio.py"]
     environment = {**os.environ, "PYTHONPATH": str(VENDORS), "RECORD": str(record)}
     done = subprocess.run(
         [*command, "-p", "recorder", *files], cwd=VENDORS, env=environment, capture_output=True, text=True, check=False

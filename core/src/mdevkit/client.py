@@ -12,6 +12,7 @@ import socket
 
 from mdevkit.errors import MdevError
 from mdevkit.paths import control_socket
+from mdevkit.peers import credentials
 
 TYPE_CHECKING = False  # typing takes as long to import as the rest of a quick command
 if TYPE_CHECKING:
@@ -175,8 +176,8 @@ def _dial(path: str) -> socket.socket:
     client = socket.socket(socket.AF_UNIX)
     try:
         client.connect(os.fsencode(path))
-        # struct ucred (unix(7)): pid, uid, gid of whoever listens. In a folder everybody can write it might be anybody.
-        owner = int.from_bytes(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[4:8], "little")
+        # In a folder everybody can write it might be anybody who listens.
+        _, owner, _ = credentials(client)
     except (FileNotFoundError, ConnectionRefusedError):
         client.close()
         raise MdevError(errno.ECONNREFUSED, f"no service runs at {path}", path) from None

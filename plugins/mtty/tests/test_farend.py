@@ -506,6 +506,7 @@ def test_sockets_are_made_by_whom_the_device_was_given(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")  # since Python 3.12
 def test_a_folder_without_permission_is_refused(card: Any, tmp_path: Path):
     """Asked in a process that is not root's."""
     tmp_path.chmod(0o500)

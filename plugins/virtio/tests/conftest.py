@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import resource
@@ -61,8 +60,7 @@ def features(request):
 @pytest.fixture(scope="session", autouse=True)
 def own_files():
     """Open what the Python engine keeps open, before anybody counts descriptors."""
-    word = ctypes.c_uint32()
-    access.store_word(ctypes.addressof(word), access.read(ctypes.addressof(word), 4))
+    access.open_files()
 
 
 class Rig:
@@ -255,7 +253,6 @@ def _held():
 @pytest.fixture
 def labs():
     """Makes labs: ``labs()``, or with the plugins wanted."""
-    access.read(id(access), 1)  # opens what stays open
     before = _held()
     with ExitStack() as undo:
         folder = undo.enter_context(tempfile.TemporaryDirectory(prefix="mdk"))

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import ExitStack
 from itertools import pairwise
 
 import pytest
@@ -175,7 +176,8 @@ def test_the_buffers_of_a_frame_come_back_together(rig, features):
     net, rounds = Net(rig, features, MoveOptions(mergeable=True)), 500
     sizes = rig.memory.fd, net.rx_ring.device + 2, 7 * rounds
     command = [sys.executable, "-c", WATCH, *map(str, sizes)]
-    with subprocess.Popen(command, pass_fds=[rig.memory.fd], stdout=subprocess.PIPE, text=True) as watcher:
+    with subprocess.Popen(command, pass_fds=[rig.memory.fd], stdout=subprocess.PIPE, text=True) as watcher, ExitStack() as stack:
+        stack.callback(watcher.kill)  # it would wait for ever for what does not come
         assert watcher.stdout.readline() == "watching\n"
         frame, buffers = Segment(rig.place(_frame(650)), 650), [Segment(rig.place(bytes(100)), 100) for _ in range(7)]
         for _ in range(rounds):

@@ -21,7 +21,6 @@ import resource
 import select
 import signal
 import socket
-import struct
 import threading
 import time
 from collections import deque
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mdevkit.errors import MdevError, wrap
 from mdevkit.events import LaggedError, Subscription
+from mdevkit.peers import credentials
 from mdevkit.registry import Registry
 from mdevkit.sockets import listen_at, socket_identity, unlink_socket
 
@@ -187,9 +187,9 @@ class Host:
 
     def _accept(self) -> None:
         sock, _ = self._listener.accept()
-        peer = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        if peer[1] not in {0, os.getuid()}:
-            log.error("user %d is not the service", peer[1])
+        _, user, _ = credentials(sock)
+        if user not in {0, os.getuid()}:
+            log.error("user %d is not the service", user)
             sock.close()
             return
         self._connections.add(Connection(self, sock))

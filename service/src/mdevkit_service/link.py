@@ -8,12 +8,12 @@ import itertools
 import os
 import socket
 import stat
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from mdevkit.errors import MdevError
+from mdevkit.peers import credentials
 
 from mdevkit_service.records import Peer
 from mdevkit_service.wire import Channel, Message
@@ -31,7 +31,7 @@ class Link:
 
     def __init__(self, sock: socket.socket, told: Callable[[Link, Message], None], lost: Callable[[], None]) -> None:
         #: The process that listens there.
-        self.pid: Final[int] = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        self.pid: Final = credentials(sock)[0]
         self._told: Final = told
         self._lost: Final = lost
         self._ids: Final = itertools.count(1)
@@ -52,7 +52,7 @@ class Link:
             sock = _connected(path)
         except OSError as error:
             raise MdevError(error.errno or errno.EIO, f"no host at {path}: {error.strerror}", path) from error
-        owner = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+        _, owner, _ = credentials(sock)
         if owner not in {os.getuid(), user}:
             sock.close()
             raise MdevError(errno.EPERM, f"{path} is user {owner}'s, not a host of ours", path)

@@ -12,12 +12,12 @@ import os
 import pwd
 import signal
 import socket
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import uvicorn
 from mdevkit.errors import MdevError
+from mdevkit.peers import credentials
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mdevkit_service.records import Peer
@@ -74,9 +74,9 @@ def bind(path: Path, group: int | None) -> socket.socket:
     return listener
 
 
-def credentials(sock: socket.socket) -> Peer:
+def peer_of(sock: socket.socket) -> Peer:
     """Return the ids of the process at the other end, as they were when it connected (unix(7))."""
-    pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    pid, uid, gid = credentials(sock)
     groups = array.array("I")
     try:
         groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MAX_OPTION))
@@ -114,7 +114,7 @@ def protocol(admission: Admission) -> type[H11Protocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
             """Let the peer in, or hang up."""
             super().connection_made(transport)
-            peer = credentials(transport.get_extra_info("socket"))
+            peer = peer_of(transport.get_extra_info("socket"))
             self.app_state = {**self.app_state, "peer": peer}
             if not admission.admits(peer):
                 log.warning("user %d is not admitted", peer.uid)

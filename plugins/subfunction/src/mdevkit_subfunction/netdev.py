@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Final
 
 from mdevkit.errors import MdevError
+from mdevkit.peers import client_of
 from mdevkit.sockets import Listen, socket_identity, unlink_socket
-from mdevkit_virtio.virtio.stream import FrameStream, peer_name
+from mdevkit_virtio.virtio.stream import FrameStream
 
 from mdevkit_subfunction.eswitch import Eswitch, Port
 
@@ -170,7 +171,7 @@ class SfNetdev:
             if self._stream is not None or self._leaving:
                 connection.close()
                 return
-            self._stream, self._client = FrameStream(connection), peer_name(connection)
+            self._stream, self._client = FrameStream(connection), str(client_of(connection))
             self._changed.notify_all()
 
     def _serve(self, ready: dict[int, int]) -> None:

@@ -11,7 +11,7 @@ by the device from any thread. An op fails by raising `OSError` (or its subclass
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from mdevkit_vfio.uapi import Device, IrqFlag, IrqSet, MigrationFlag, MigrationState, RegionFlag
@@ -248,15 +248,3 @@ class PowerManaged(Protocol):
     def resume(self) -> None:
         """Go on where it stood."""
         ...
-
-
-@dataclass
-class Client:
-    """Who uses a device: process id and name as the kernel tells (SO_PEERCRED), for messages."""
-
-    pid: int
-    uid: int = -1
-    name: str = field(default="")
-
-    def __str__(self) -> str:
-        return f"pid {self.pid} ({self.name})" if self.name else f"pid {self.pid}"

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Final
 
 from mdevkit.errors import MdevError, describe
+from mdevkit.peers import Client
 from mdevkit.sockets import Listen, listen_at, socket_identity, unlink_socket
 
-from mdevkit_vfio.ops import Client, VfioOps
+from mdevkit_vfio.ops import VfioOps
 from mdevkit_vfio.reception import Newcomer, Reception
 from mdevkit_vfio.session import Exchange, Observer, Session
 from mdevkit_vfio.throttle import Throttle

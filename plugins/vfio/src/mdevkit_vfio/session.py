@@ -16,22 +16,21 @@ import errno
 import logging
 import select
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from mdevkit.errors import MdevError, wrap
+from mdevkit.peers import Client, client_of
 
 from mdevkit_vfio import proto
 from mdevkit_vfio.commands import Answer, Commands
 from mdevkit_vfio.descriptors import close_all
 from mdevkit_vfio.framing import ANCILLARY, RECEIVE_FLAGS, FramingError, Inbox, Received
 from mdevkit_vfio.link import NO_SIGNAL, Link
-from mdevkit_vfio.ops import Client, VfioOps
+from mdevkit_vfio.ops import VfioOps
 from mdevkit_vfio.proto import Command
 from mdevkit_vfio.reception import Hello
 from mdevkit_vfio.throttle import Throttle
@@ -82,7 +81,7 @@ class Session:
         client: Client | None = None,
     ) -> None:
         #: Who the client is; by default who is at the other end of the socket.
-        self.client: Final = client or peer(sock)
+        self.client: Final = client or client_of(sock)
         #: Set once the device is released and free for the next client.
         self.done: Final = threading.Event()
         #: May be replaced at any time.
@@ -388,14 +387,3 @@ def _number(error: OSError) -> int:
     """Return an errno the wire can carry."""
     number = error.errno or 0
     return number if 0 < number < 1 << 32 else errno.EIO
-
-
-def peer(sock: socket.socket) -> Client:
-    """Return who is at the other end of a UNIX socket, as the kernel knows (SO_PEERCRED, unix(7))."""
-    credentials = struct.Struct("=iII")
-    pid, uid, _ = credentials.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
-    try:
-        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
-    except OSError:
-        name = ""
-    return Client(pid, uid, name)

@@ -25,6 +25,7 @@ from typing import Any, Final, Protocol, TypeGuard
 
 import mdevkit
 from mdevkit.errors import MdevError, wrap
+from mdevkit.peers import Client
 from mdevkit.sockets import Listen, listen_at, socket_identity, unlink_socket
 
 import mdevkit_vfio
@@ -32,7 +33,7 @@ from mdevkit_vfio.descriptors import close_all
 from mdevkit_vfio.front.control import Control, Note
 from mdevkit_vfio.front.session import Greeting, ParkableOps, ParkedSession
 from mdevkit_vfio.front.wire import USUAL_LIMITS, Limits, Private, pack
-from mdevkit_vfio.ops import Client, VfioOps
+from mdevkit_vfio.ops import VfioOps
 from mdevkit_vfio.server import DRAIN_INTERVAL, VfioUserServer
 from mdevkit_vfio.session import Observer
 from mdevkit_vfio.throttle import Throttle

@@ -106,6 +106,13 @@ _syscall: Final = _load_syscall()
 _ioctl: Final = _load_ioctl()
 
 
+def open_files() -> None:
+    """Open what this module keeps open, which a call might else have to do at a bad time; OSError for want of descriptors."""
+    _memory.open()
+    with _empty.lock:
+        _empty.open()
+
+
 def read(host: int, size: int) -> bytes:
     """Return `size` bytes at one of our addresses inside a mapping; `TruncatedError` if they are not there any more."""
     try:

@@ -125,6 +125,7 @@ class PyRing:
     """One virtqueue. `PySplitRing` and `PyPackedRing` know the formats."""
 
     def __init__(self, setup: RingSetup) -> None:
+        access.open_files()
         self.setup: Final = setup
         self.num: Final = setup.num
         self.table: Final = setup.table

@@ -22,6 +22,7 @@ from collections import deque
 from typing import Final
 
 from mdevkit.errors import MdevError
+from mdevkit.peers import client_of
 
 from mdevkit_vfio import proto
 from mdevkit_vfio.descriptors import close_all
@@ -33,7 +34,6 @@ from mdevkit_vfio.front.wire import TURN_AT, Attach, Limits, Private, next_turn,
 from mdevkit_vfio.parking import Commit, Park
 from mdevkit_vfio.proto import HEADER, HEADER_SIZE, NO_REPLY, TYPE_MASK, TYPE_REPLY, Command
 from mdevkit_vfio.reception import Newcomer, Reception
-from mdevkit_vfio.session import peer
 
 log = logging.getLogger("mdevkit.front")
 
@@ -229,7 +229,7 @@ class Front:
         sock = self._client = self._reception.admit(newcomer)
         self._client_out = Output(sock)
         self._client_in = Inbox(sock)
-        self._attach = Attach(peer(sock))
+        self._attach = Attach(client_of(sock))
         self._hello = message
         self._add(newcomer.hello.id, Command.VERSION, 0, message, [])
         self._want_device()

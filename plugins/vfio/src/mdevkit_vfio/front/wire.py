@@ -26,8 +26,8 @@ from enum import IntEnum
 from typing import Any, Final, NamedTuple
 
 from mdevkit.errors import MdevError
+from mdevkit.peers import Client
 
-from mdevkit_vfio.ops import Client
 from mdevkit_vfio.proto import HEADER, HEADER_SIZE, Buffer
 
 #: Where in a header the turn is.

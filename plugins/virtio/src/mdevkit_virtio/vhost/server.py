@@ -24,12 +24,13 @@ from concurrent.futures import Future
 from typing import Final
 
 from mdevkit.errors import MdevError
+from mdevkit.peers import Client
 
 from mdevkit_virtio.memory import DirtyLog
 from mdevkit_virtio.ops import DeviceId, VirtioOps
 from mdevkit_virtio.vhost.backend import Backend
 from mdevkit_virtio.vhost.features import Traits
-from mdevkit_virtio.vhost.session import Client, Observer, Session
+from mdevkit_virtio.vhost.session import Observer, Session
 from mdevkit_virtio.vhost.sources import Source
 
 log = logging.getLogger("mdevkit.virtio")

@@ -11,15 +11,14 @@ import contextlib
 import errno
 import logging
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from mdevkit.errors import MdevError, brief, wrap
+from mdevkit.peers import client_of
 
 from mdevkit_virtio.vhost import proto
 from mdevkit_virtio.vhost.backend import Backend
@@ -36,18 +35,6 @@ BATCH: Final = 64
 #: floods must not cost the other devices of the process their rate.
 QUICK: Final = 2000
 PENALTY: Final = 0.001
-
-
-@dataclass(frozen=True)
-class Client:
-    """Who uses a device: process id, user and name as the kernel tells (SO_PEERCRED), for messages."""
-
-    pid: int
-    uid: int
-    name: str = ""
-
-    def __str__(self) -> str:
-        return f"pid {self.pid} ({self.name})" if self.name else f"pid {self.pid}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +59,7 @@ class Session:
     """The client at the other end of `sock`, which is not blocking; `name` is the device's."""
 
     def __init__(self, sock: socket.socket, backend: Backend, name: str) -> None:
-        self.client: Final = peer(sock)
+        self.client: Final = client_of(sock)
         #: Set once the device is released and free for the next client.
         self.done: Final = threading.Event()
         #: Called after each message; may be replaced at any time. What it raises is logged and ignored.
@@ -211,14 +198,3 @@ def _device(doing: str) -> Iterator[None]:
     except Exception as error:
         log.exception("the device cannot %s", doing)
         raise wrap(error, f"the device cannot {doing}") from error
-
-
-def peer(sock: socket.socket) -> Client:
-    """Return who is at the other end of a UNIX socket, as the kernel knows (SO_PEERCRED, unix(7))."""
-    credentials = struct.Struct("=iII")
-    pid, uid, _ = credentials.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
-    try:
-        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
-    except OSError:
-        name = ""
-    return Client(pid, uid, name)

@@ -21,6 +21,7 @@ from typing import Final
 
 from mdevkit.driver import libvirt_arguments
 from mdevkit.errors import MdevError
+from mdevkit.peers import client_of
 from mdevkit.sockets import Listen, socket_identity, unlink_socket
 
 from mdevkit_virtio.virtio.irq import IN, OUT
@@ -35,8 +36,6 @@ MAX_FRAME: Final = 4096 + 65536
 _CHUNK: Final = 1 << 18
 #: Seconds without accepting after the process has run out of descriptors.
 SHORTAGE_PAUSE: Final = 0.1
-#: struct ucred (unix(7)).
-_CREDENTIALS: Final = struct.Struct("=iII")
 
 
 def attach_arguments(client: str, path: str, mac: str, name: str) -> list[str]:
@@ -127,7 +126,7 @@ class StreamPort(NetPort):
     """A program that is connected to a netdev's socket."""
 
     def __init__(self, server: StreamServer, netdev: NetDevice, sock: socket.socket) -> None:
-        self.name = peer_name(sock)
+        self.name = str(client_of(sock))
         self._server: Final = server
         self._netdev: Final = netdev
         self._stream: Final = FrameStream(sock)
@@ -272,13 +271,3 @@ class StreamServer:
             self._hang_up()
             self._netdev.irq.unwatch(self._listener.fileno())
         unlink_socket(self._listener, self._identity, self.path)
-
-
-def peer_name(sock: socket.socket) -> str:
-    """Return who is at the other end of a UNIX socket, as the kernel knows: ``pid 42 (qemu-system-x86)``."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid, _, _ = _CREDENTIALS.unpack(credentials)
-    try:
-        return f"pid {pid} ({Path(f'/proc/{pid}/comm').read_text(errors='replace').strip()})"
-    except OSError:
-        return f"pid {pid}"
