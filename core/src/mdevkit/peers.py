@@ -34,7 +34,7 @@ def client_of(sock: socket.socket) -> Client:
     """Return who is at the other end, by name; OSError as `credentials`."""
     pid, uid, _ = credentials(sock)
     try:
-        with open(f"/proc/{pid}/comm", errors="replace") as file:  # noqa: PTH123
+        with open(f"/proc/{pid}/comm", errors="replace") as file:  # noqa: PTH123  (see above)
             return Client(pid, uid, file.read().strip())
     except OSError:
         return Client(pid, uid)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import os
 import signal
 import socket
@@ -277,6 +278,12 @@ def until_fixture():
     return until
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_garbage():
+    """What the tests of other files left is not closed in the middle of these."""
+    gc.collect()
+
+
 @pytest.fixture
 def open_files():
     """Tells which descriptors this process has."""
@@ -289,8 +296,7 @@ def no_leaks():
     fds, threads = descriptors(), set(threading.enumerate())
     yield
     until(lambda: set(threading.enumerate()) <= threads)
-    # What earlier tests left may have been closed meanwhile.
-    assert descriptors().items() <= fds.items()
+    assert descriptors() == fds
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,10 +168,6 @@ class Model:
     def held(self) -> set[Fd]:
         all_fds = [self.pin, *self.single.values(), *self.messages[1].fds.values(), *self.messages[2].fds.values()]
         return {fd for fd in all_fds if fd}
-
-
-def setup_module() -> None:
-    gc.collect()  # what earlier tests left is not closed in the middle of these
 
 
 def open_files() -> int:

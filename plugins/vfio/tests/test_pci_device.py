@@ -94,7 +94,6 @@ def arm(device: PciDevice, index: int = Irq.INTX, vector: int = 0, flags: int = 
 
 
 def open_files() -> int:
-    gc.collect()  # what earlier tests left is not closed in the middle of this one
     return len(list(Path("/proc/self/fd").iterdir()))
 
 

@@ -88,11 +88,6 @@ def held():
     return len(list(Path("/proc/self/fd").iterdir())), threading.active_count(), maps
 
 
-def no_more_than(before):
-    """Whether nothing was left behind; what was about to go before is gone."""
-    return all(now <= then for now, then in zip(held(), before, strict=True))
-
-
 class Rig:
     """A client of a device, with frames on their way."""
 
@@ -398,7 +393,7 @@ def test_a_hundred_connections(loopbacks, frontends, bystander):
     for sock in crowd:
         sock.close()
     works_again(served, frontends, PLAIN)
-    served.until(lambda: no_more_than(before))
+    served.until(lambda: held() == before)
 
 
 # -- vanishing ---------------------------------------------------------------------------------------------------------
@@ -470,6 +465,6 @@ def test_it_vanishes_at_any_byte(loopbacks, frontends, bystander, rings, left_ou
     for budget in random.sample(range(whole), 120 if engine.name == "c" else 40):
         session(frontends, served.path, rings, protocol, budget)
         served.until_free()
-    served.until(lambda: no_more_than(before))
+    served.until(lambda: held() == before)
     bystander.goes_on()
     works_again(served, frontends, rings)
