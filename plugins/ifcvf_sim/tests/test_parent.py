@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 
 import pytest
 from mdevkit import Registry
@@ -49,7 +51,7 @@ def test_all_types_share_the_functions_one_slot(registry, fails):
 @pytest.mark.parametrize("mac", ["ff:ff:ff:ff:ff:ff", "01:00:00:00:00:01", "00:00:00:00:00:00"])
 def test_an_address_is_that_of_one_interface(registry, fails, mac):
     text = fails(errno.EINVAL, registry.create, "ifcvf-virtio_mdev", params={"mac": mac}, bind=False)
-    assert text.endswith(f"mac {mac} is not the address of one interface")
+    assert text.endswith(f"attribute mac: the address of one card is wanted, not {mac!r}")
     assert [parent.types["ifcvf-virtio_mdev"].available_instances for parent in registry.parents] == [1, 1]
 
 
@@ -217,3 +219,12 @@ def test_a_suspended_function_stands_still_and_loses_nothing(registry, driver):
     registry.resume(mdev.uuid)
     assert driver.vectors[1 + RX].wait(SECOND)
     assert driver.memory.data[0x90000 + 12 : 0x90000 + len(frame)] == frame[12:]
+
+
+def test_listing_types_loads_no_model():
+    code = (
+        "import sys; from mdevkit_ifcvf_sim.parent import functions; functions({});"
+        "print(sys.modules.keys() & {'mdevkit_ifcvf_sim.rings', 'mdevkit_virtio.engine', 'mdevkit_vfio.pci', 'ctypes'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

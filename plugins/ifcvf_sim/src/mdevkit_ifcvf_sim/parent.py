@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final
 
 from mdevkit.attributes import Attribute, Choice, Text
@@ -17,6 +16,7 @@ from mdevkit.errors import MdevError
 from mdevkit.hookspecs import hookimpl
 from mdevkit.parent import MdevType, ParentOps, Pool
 from mdevkit_vfio.bus import VfioMdev
+from mdevkit_virtio.address import Mac, mac_bytes
 from mdevkit_virtio.bus import ClassId, VirtioMdev
 
 from mdevkit_ifcvf_sim.card import LOOPBACK, SWITCH, Card
@@ -77,12 +77,11 @@ class IfcvfParent(ParentOps):
 
     @hookimpl
     def parent_create(self, mdev: Mdev, params: Mapping[str, Any]) -> None:
-        """Put the function into use, and give it to a guest whole or through the parent driver. EINVAL for a group's address."""
+        """Put the function into use, and give it to a guest whole or through the parent driver."""
         # Imported here: whoever only lists types needs no device model.
         from mdevkit_ifcvf_sim.pci import PciFunction
 
-        mac = _chosen_mac(mdev, params["mac"]) if params["mac"] else mac_of(mdev)
-        rings = self.card.add(mac, f"ifcvf {mdev.uuid}")
+        rings = self.card.add(mac_bytes(params["mac"], mdev.uuid), f"ifcvf {mdev.uuid}")
         try:
             function = PciFunction(rings, f"ifcvf {mdev.uuid}")
             try:
@@ -118,18 +117,6 @@ def _give(function: PciFunction, mdev: Mdev) -> IfcvfOps | None:
     return None
 
 
-def mac_of(mdev: Mdev) -> bytes:
-    """Return a locally administered address that belongs to the UUID: a device that is defined keeps it."""
-    return b"\x02" + sha256(mdev.uuid.bytes).digest()[:5]
-
-
-def _chosen_mac(mdev: Mdev, text: str) -> bytes:
-    mac = bytes.fromhex(text.replace(":", ""))
-    if mac[0] & 1 or not any(mac):
-        raise MdevError(errno.EINVAL, f"mac {text} is not the address of one interface", mdev)
-    return mac
-
-
 def _kind(type_: Type) -> str:
     del type_
     return "net"
@@ -143,7 +130,7 @@ def _show_mac(mdev: Mdev) -> str:
 
 _MAC: Final = Attribute(
     "mac",
-    Text(r"|[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}", "an address like 02:00:00:00:00:01"),
+    Mac(),
     "Ethernet address; by default one made from the UUID.",
     show=_show_mac,
     create=True,

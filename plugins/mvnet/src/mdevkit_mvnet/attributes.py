@@ -5,11 +5,11 @@ Loaded to list types, so it is small: the model is imported when a device is cre
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from mdevkit.attributes import Attribute, Choice, Int, Kind, Text
+from mdevkit_virtio.address import Mac
 from mdevkit_virtio.netspec import MAX_MTU, MIN_MTU
 
 if TYPE_CHECKING:
@@ -32,21 +32,6 @@ DOWN: Final = "down"
 
 #: Queue pairs a device can have.
 MAX_PAIRS: Final = 8
-
-
-class Mac(Kind[str]):
-    """A unicast Ethernet address, six bytes in hexadecimal with colons; the empty text stands for one made from the UUID."""
-
-    def parse(self, text: str) -> str:
-        """See `Kind.parse`."""
-        lowered = text.lower()
-        if not lowered:
-            return ""
-        if not re.fullmatch(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", lowered):
-            raise ValueError(f"an address such as 02:00:00:00:00:01 is wanted, not {text[:40]!r}")
-        if int(lowered[:2], 16) & 1 or lowered == "00:00:00:00:00:00":
-            raise ValueError(f"the address of one card is wanted, not {text!r}")
-        return lowered
 
 
 class Bits(Kind[int]):

@@ -9,11 +9,11 @@ import errno
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from mdevkit.errors import MdevError
 from mdevkit_virtio import netspec
+from mdevkit_virtio.address import mac_bytes
 from mdevkit_virtio.config import ConfigSpace
 from mdevkit_virtio.layout import MoveCounters, MoveOptions
 from mdevkit_virtio.model import VirtioModel
@@ -235,10 +235,9 @@ _STATISTICS: Final = {
 def make_device(uuid: UUID, params: Mapping[str, Any]) -> MvnetDevice:
     """Return a card with these create parameters."""
     kind = SampleDevice if params["compat"] == LINUX else MvnetDevice
-    mac = bytes.fromhex(params["mac"].replace(":", "")) if params["mac"] else mac_of(uuid)
     return kind(
         name=f"mvnet {uuid}",
-        mac=mac,
+        mac=mac_bytes(params["mac"], uuid),
         mtu=params["mtu"],
         pairs=params["queues"],
         queue_size=params["queue_size"],
@@ -247,8 +246,3 @@ def make_device(uuid: UUID, params: Mapping[str, Any]) -> MvnetDevice:
         link=params["link"],
         spin_us=params["spin_us"],
     )
-
-
-def mac_of(uuid: UUID) -> bytes:
-    """Return a locally administered address that belongs to the UUID: a device that is defined keeps it."""
-    return b"\x02" + sha256(uuid.bytes).digest()[:5]
