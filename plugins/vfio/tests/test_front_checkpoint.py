@@ -3,6 +3,7 @@
 import errno
 import os
 import select
+from functools import partial
 
 import pytest
 from mdevkit.errors import MdevError
@@ -11,7 +12,7 @@ from mdevkit_vfio.migration import Migration
 from mdevkit_vfio.ops import IrqRequest
 from mdevkit_vfio.pci import Bar, PciDevice, PciIds
 from mdevkit_vfio.transport import can_be_parked
-from mdevkit_vfio.uapi import Irq, IrqSet, MigrationState, Region
+from mdevkit_vfio.uapi import Irq, IrqSet, MigrationFlag, MigrationState, Region
 
 ARM = IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER
 MASK = IrqSet.DATA_NONE | IrqSet.ACTION_MASK
@@ -188,14 +189,21 @@ def test_a_migration_into_the_device_goes_on(attached):
     assert other.read(0, 0x40, 4) == b"word"
 
 
-@pytest.mark.parametrize(("state", "told"), [(MigrationState.STOP, ["stop"]), (MigrationState.RUNNING, [])])
-def test_a_device_that_stood_still_is_told_so(state, told):
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        (MigrationState.STOP, ["stop"]),
+        (MigrationState.RUNNING, ["resume"]),
+        (MigrationState.RUNNING_P2P, ["resume", "quiesce"]),
+    ],
+)
+def test_a_device_is_told_whether_it_goes_on(state, told):
     def make(heard):
         return Migration(
+            MigrationFlag.STOP_COPY | MigrationFlag.P2P,
             save=lambda: b"state",
             load=lambda _: None,
-            stop=lambda: heard.append("stop"),
-            quiesce=lambda: heard.append("quiesce"),
+            **{name: partial(heard.append, name) for name in ("stop", "resume", "quiesce", "unquiesce")},
         )
 
     first, heard = make([]), []

@@ -173,11 +173,6 @@ class MttyDevice(SerialDevice):
         """See `SerialDevice.close`."""
         self._far_ends.close()
 
-    def device_restore(self, state: bytes) -> None:
-        """See `PciDevice.device_restore`: what has come in at the far ends meanwhile is fetched."""
-        super().device_restore(state)
-        self._pump()
-
     def _drive_pin(self) -> None:
         """Follow the ports. Without a change there is nothing to tell the kit, which asks again after each interrupt."""
         level = any(uart.interrupt for uart in self._uarts)

@@ -169,11 +169,6 @@ class SubfunctionDevice(PciDevice):
 
     # -- migration, under the lock ------------------------------------------------------------------------------------------
 
-    def device_restore(self, state: bytes) -> None:
-        """See `PciDevice.device_restore`: a frame that was to be sent is."""
-        super().device_restore(state)
-        self._resume()
-
     def _save(self) -> bytes:
         state = bytes(self.state)
         return state + zlib.crc32(state).to_bytes(4, "little")

@@ -93,7 +93,8 @@ class Migration:
     uses). `size` returns the length of the stream in bytes; without it `save` is asked.
 
     `stop` and `resume` are told when the device must stand still (no interrupts, no DMA, no change of state) and when it
-    goes on; `quiesce` and `unquiesce`, for P2P, when it must not start DMA. `lock` is held around all of them; a `PciDevice`
+    goes on, as it does after `load`, here or in the process that follows one that has died: what the state says is under way is
+    to be begun again. `quiesce` and `unquiesce`, for P2P, when it must not start DMA. `lock` is held around all of them; a `PciDevice`
     passes its own.
 
     An OSError from any of them leaves the state reached so far. Another exception is a bug: nobody can tell in which state the
@@ -213,9 +214,8 @@ class Migration:
         if flags & 2:
             self._incoming = _Incoming(self._size(), len(self._header()), self._check_header)
             self._incoming.write(data)
-        if self._state not in _RUNS:
-            self._notify("stop")
-        elif self._state not in _INITIATES:
+        self._notify("resume" if self._state in _RUNS else "stop")
+        if self._state in _RUNS and self._state not in _INITIATES:
             self._notify("quiesce")
 
     # -- arcs -------------------------------------------------------------------------------------------------------

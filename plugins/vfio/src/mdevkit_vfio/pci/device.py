@@ -167,15 +167,17 @@ class PciDevice:
 
     def device_checkpoint(self) -> bytes | None:
         """Return the vendor's part of the state, all that a guest could tell but configuration space, interrupts and the
-        memory of mapped BARs; None if the device cannot go on in another process. Called after every access, so it has to be
-        quick. By default what migration saves.
+        memory of mapped BARs; None if the device cannot go on in another process. Called whenever `lock` is about to be
+        released, by an access or by the vendor, so it has to be quick. A device that counts time by itself puts in when it will
+        be through (CLOCK_MONOTONIC, which goes on while no process does), not what is left. By default what migration saves.
         """
         return self.migration.save() if isinstance(self.migration, Migration) else None
 
     def device_restore(self, state: bytes) -> None:
-        """Take over what `device_checkpoint` has returned in a process that is gone, and start again what was under way.
+        """Take over what `device_checkpoint` has returned in a process that is gone. By default `migration` loads it.
 
-        Accesses happen once; what they did to the world outside, and deferred jobs, may have happened or not.
+        Its `resume` follows, to begin again what was under way, or its `stop` if migration had stopped the device. Interrupts
+        and DMA work already. Accesses happen once; what they did to the world outside, and deferred jobs, may have happened or not.
         """
         if isinstance(self.migration, Migration):
             self.migration.load(state)
