@@ -72,6 +72,14 @@ def test_a_request_made_while_there_is_no_process_waits(nursery, bar):
     thread.join()
 
 
+def test_a_client_that_waits_for_nothing_is_not_held_up(nursery, bar, until):
+    bar.read_int(TICKET, 4)
+    nursery.replace()
+    until(lambda: "it goes on after" in nursery.log)
+    assert bar.read_int(TICKET, 4) == 2
+    assert nursery.log.count("it goes on after") == 1
+
+
 def test_posted_writes_survive(nursery, bar):
     """Some are carried out by the process that dies, some wait in its socket, some are sent while there is none."""
     expected = 0

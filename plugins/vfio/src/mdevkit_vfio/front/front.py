@@ -424,6 +424,8 @@ class Front:
         for turn in self._turns:
             if not turn.answer:
                 self._device_out.send(turn.message, turn.fds)
+        if self._away_since and not self._turns:
+            self._back()
 
     def _introduce(self, out: Output) -> None:
         assert self._attach is not None
@@ -552,7 +554,7 @@ class Front:
             self._settle()
 
     def _back(self) -> None:
-        """Take note that a new process has done something for the client."""
+        """Take note that a new process has done something for the client, or that the client waits for nothing."""
         log.warning("%s: it goes on after %.1f ms", self._name, (time.monotonic() - self._away_since) * 1e3)
         self._away_since = 0.0
 
