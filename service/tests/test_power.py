@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.services import wait_until
+
 
 def suspended(client):
     return {device["uuid"]: device["suspended"] for device in client.get("/v1/devices")}
@@ -50,6 +52,46 @@ def test_one_that_refuses_leaves_everything_awake(client, devices, refused, plac
     client.put(f"/v1/devices/{devices[place]}/attributes/note", {"value": ""})
     client.post("/v1/suspend", {})
     assert all(suspended(client).values())
+
+
+def parents(client):
+    """Those with devices: the hosts of others end with their service."""
+    return {name: client.get(f"/v1/parents?parent={name}")[0]["suspended"] for name in ("demo0", "demo1")}
+
+
+def exchange_host(service, client, uuid):
+    """Kill a device's host and wait for the next."""
+    before = service.hosts()["demo0"]
+    service.kill_host("demo0")
+    wait_until(lambda: service.hosts().get("demo0") not in {None, before})
+    assert client.get(f"/v1/devices/{uuid}")["state"] == "bound"
+
+
+@pytest.mark.parametrize("what", ["everything", "a parent", "a device"])
+def test_what_is_suspended_stays_so_when_its_host_dies(service, client, devices, what):
+    asked = {"everything": {}, "a parent": {"parent": "demo0"}, "a device": {"device": devices[1]}}[what]
+    client.post("/v1/suspend", asked)
+    before = suspended(client), parents(client)
+    exchange_host(service, client, devices[0])
+    assert (suspended(client), parents(client)) == before
+    # The next service learns it from the hosts.
+    service.stop()
+    service.start()
+    with service.client() as later:
+        exchange_host(service, later, devices[0])
+        assert (suspended(later), parents(later)) == before
+        later.post("/v1/resume", asked)
+        exchange_host(service, later, devices[0])
+        assert not any(suspended(later).values())
+        assert not any(parents(later).values())
+
+
+def test_a_new_device_with_the_uuid_of_a_suspended_one_runs(service, client, devices):
+    client.post("/v1/suspend", {"device": devices[0]})
+    client.delete(f"/v1/devices/{devices[0]}")
+    client.post("/v1/devices", {"type": "demo-small", "parent": "demo0", "uuid": devices[0]})
+    exchange_host(service, client, devices[0])
+    assert not any(suspended(client).values())
 
 
 def test_what_is_not_there_cannot_be_suspended(client, refused):

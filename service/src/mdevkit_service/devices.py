@@ -262,8 +262,10 @@ class Devices:
         host = self._host(entry)
         if self._entries.get(uuid) is entry:
             del self._entries[uuid]
-        if host is not None and self._hosts.is_outdated(host):
-            self._background(self._hosts.drop_outdated())
+        if host is not None:
+            host.suspended.discard(uuid)
+            if self._hosts.is_outdated(host):
+                self._background(self._hosts.drop_outdated())
         try:
             self._records.drop(uuid, entry.life)
         except MdevError as error:
@@ -314,7 +316,7 @@ class Devices:
         finally:
             entry.busy = False
 
-    # -- attributes and drivers ----------------------------------------------------------------------------------------
+    # -- attributes, power and drivers ---------------------------------------------------------------------------------
 
     async def call(self, uuid: str, op: str, peer: Peer | None = None, **arguments: Any) -> Any:
         """Have a device's host carry out an operation on it; EIO with the reason when the device has failed."""
@@ -338,6 +340,13 @@ class Devices:
         result = await host.call(op, about=entry.record.uuid, peer=peer, uuid=entry.record.uuid, **arguments)
         entry.deaths = 0
         return result
+
+    async def power(self, uuid: str, op: str) -> None:
+        """Suspend or resume a device, and remember it."""
+        suspended = await self.call(uuid, op)
+        host = self._host(self._entry(uuid))
+        if host is not None:
+            host.suspended = set(suspended)
 
     async def set_attributes(self, uuid: str, values: dict[str, str], peer: Peer | None) -> None:
         """Store attributes, all or none, and remember those a new device must be given again."""
@@ -402,6 +411,20 @@ class Devices:
                 await self._remake(entry, link)
             else:
                 self._forget(entry)
+        await self._suspend_again(host, link, listed)
+
+    async def _suspend_again(self, host: HostProcess, link: Link, listed: dict[str, dict[str, Any]]) -> None:
+        """Suspend what was suspended in the host before this one; devices, which run for a moment, before their parents."""
+        found = {name for name, facts in (listed | host.parents).items() if facts.get("suspended")}
+        for name in sorted(host.suspended - found, key=host.parents.__contains__):
+            try:
+                whom: dict[str, Any] = {"parent": name} if name in host.parents else {"uuid": name}
+                found.update(await link.call("suspend", **whom))
+            except HostDiedError:
+                raise
+            except MdevError as error:
+                log.error("%s is not suspended any more: %s", name, error)
+        host.suspended = found
 
     def _found(self, host: HostProcess, uuid: str, facts: dict[str, Any]) -> None:
         """Take note that a host has this device: it gets a record if it has none, and one that was half-way is put right.

@@ -256,13 +256,19 @@ class HostOps:
         self._note(mdev, bind=False, driver=None)
         return describe(mdev)
 
-    def suspend(self, uuid: str | None = None, parent: str | None = None) -> None:
-        """Suspend a device, a parent with its devices, or everything here."""
+    def suspend(self, uuid: str | None = None, parent: str | None = None) -> list[str]:
+        """Suspend a device, a parent with its devices, or everything here; returns what is suspended now."""
         self._registry.suspend(uuid or parent)
+        return self._suspended()
 
-    def resume(self, uuid: str | None = None, parent: str | None = None) -> None:
-        """Resume what `suspend` has suspended."""
+    def resume(self, uuid: str | None = None, parent: str | None = None) -> list[str]:
+        """Resume what `suspend` has suspended; returns what still is."""
         self._registry.resume(uuid or parent)
+        return self._suspended()
+
+    def _suspended(self) -> list[str]:
+        devices = [mdev.name for mdev in self._registry.mdevs if mdev.suspended]
+        return devices + [parent.name for parent in self._registry.parents if parent.suspended]
 
     def override(self, uuid: str, *, driver: str | None) -> Facts:
         """Set or clear the driver_override."""
@@ -320,6 +326,7 @@ def _parent(parent: Parent) -> Facts:
         "name": parent.name,
         "driver": parent.driver_name,
         "host": parent.host_key,
+        "suspended": parent.suspended,
         "types": [_type(type_) for type_ in parent.types.values()],
         "attributes": parent.table.read_all(parent),
         "attribute_info": _infos(parent.table),

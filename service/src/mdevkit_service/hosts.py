@@ -246,7 +246,7 @@ class Hosts:
     async def parents(self, name: str | None = None) -> list[Parent]:
         """Return the parents with their types; one whose host does not run as it was, with nothing available. ENODEV for a name."""
         await self.keep_up()
-        told = await self.ask_all("parents", [self._known(name)] if name else None)
+        told = await self.ask_all("parents", [self.known(name)] if name else None)
         found = []
         for host in self._hosts.values():
             fresh = {facts["name"]: facts for facts in told.get(host.key, [])}
@@ -255,7 +255,8 @@ class Hosts:
                     found.append(_parent(fresh[parent]) if parent in fresh else _unavailable(facts, host.error))
         return found
 
-    def _known(self, name: str) -> HostProcess:
+    def known(self, name: str) -> HostProcess:
+        """Return the host of a parent; ENODEV."""
         host = self.of_parent(name)
         if host is None:
             raise self._no_parent(name, self._parents)
@@ -263,7 +264,7 @@ class Hosts:
 
     async def call_parent(self, parent: str, op: str, **arguments: Any) -> Any:
         """Have a parent's host carry out an operation on it; ENODEV."""
-        return await self._known(parent).call(op, parent=parent, **arguments)
+        return await self.known(parent).call(op, parent=parent, **arguments)
 
     def running(self) -> list[HostProcess]:
         """Return the hosts that take requests."""

@@ -6,7 +6,7 @@ one resumes the others.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mdevkit.errors import MdevError
 
@@ -25,7 +25,7 @@ async def suspend(hosts: Hosts, devices: Devices, power: Power) -> None:
     done: list[HostProcess] = []
     try:
         for host in hosts.running():
-            await host.call("suspend")
+            host.suspended = set(await host.call("suspend"))
             done.append(host)
     except MdevError:
         await _resume_all(done)
@@ -42,18 +42,20 @@ async def resume(hosts: Hosts, devices: Devices, power: Power) -> None:
         raise errors[0]
 
 
-async def _ask_one(hosts: Hosts, devices: Devices, power: Power, op: str) -> Any:
+async def _ask_one(hosts: Hosts, devices: Devices, power: Power, op: str) -> None:
     if power.device:
-        return await devices.call(power.device, op)
+        await devices.power(power.device, op)
+        return
     assert power.parent is not None
-    return await hosts.call_parent(power.parent, op)
+    host = hosts.known(power.parent)
+    host.suspended = set(await host.call(op, parent=power.parent))
 
 
 async def _resume_all(hosts: list[HostProcess]) -> list[MdevError]:
     errors = []
     for host in reversed(hosts):
         try:
-            await host.call("resume")
+            host.suspended = set(await host.call("resume"))
         except MdevError as error:  # the others must come back all the same
             errors.append(error)
     return errors

@@ -58,6 +58,7 @@ class Parent(msgspec.Struct):
     types: list[Type]
     attributes: dict[str, str]
     attribute_info: list[AttributeInfo]
+    suspended: bool = False
     #: Why it cannot be used at the moment.
     error: str | None = None
 

@@ -71,6 +71,8 @@ class HostProcess:
         self.plugins: list[str] = []
         #: Its parents by name, as last told, without what changes.
         self.parents: dict[str, dict[str, Any]] = {}
+        #: Devices and parents in it that are suspended, and shall be in its successor.
+        self.suspended: set[str] = set()
         #: starting, running, failed.
         self.state = "starting"
         self.error: str | None = None
