@@ -174,7 +174,7 @@ class Running:
 
     def files(self):
         """What is in the runtime folder, but for logs and what stays on purpose."""
-        stay = {"definitions.json", "events.ndjson", "service.lock"}
+        stay = {"definitions.json", "events.ndjson", "options.json", "service.lock"}
         return sorted(
             str(path.relative_to(self.runtime))
             for path in self.runtime.rglob("*")

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -220,6 +221,35 @@ def test_start_status_stop(service):
     assert service.mdevkit("service", "stop").returncode == 0
     assert not alive(facts["pid"])
     assert service.files() == []
+
+
+def test_a_service_that_a_command_starts_again_has_the_options_of_the_last(service, tmp_path):
+    def definitions():
+        with service.client() as client:
+            return client.get("/v1/version")["definitions"]
+
+    assert service.mdevkit("service", "start", "--definitions", tmp_path / "mine").returncode == 0
+    fails(
+        service.mdevkit("service", "start", "--definitions", tmp_path / "other"),
+        1,
+        f"the service runs at {service.socket} already, with its own options: mdevkit service stop, then start",
+    )
+    os.kill(service.pid(), signal.SIGKILL)
+    assert service.mdevkit("list", "-d").returncode == 0
+    assert definitions() == str(tmp_path / "mine")
+    service.mdevkit("service", "stop")
+    assert service.mdevkit("list", "-d").returncode == 0
+    assert definitions() == str(tmp_path / "mine")
+    # On purpose it is another.
+    service.mdevkit("service", "stop")
+    assert service.mdevkit("service", "start").returncode == 0
+    assert definitions() == str(service.definitions)
+    service.mdevkit("service", "stop")
+    (service.runtime / "options.json").write_text("{")
+    failed = service.mdevkit("list", "-d")
+    fails(failed, 1, "the options of the last service, cannot be read", "mdevkit service start makes it anew")
+    assert service.mdevkit("service", "start").returncode == 0
+    assert service.mdevkit("list", "-d").returncode == 0
 
 
 def test_stop_leaves_devices_and_says_so(service):

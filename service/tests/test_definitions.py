@@ -72,6 +72,16 @@ def test_what_is_stored_is_what_mdevctl_writes(store):
     assert not store.put(Definition("card0", A, "kind-1")).auto
 
 
+def test_what_cannot_be_read_is_not_called_defined(store):
+    """Whether there is one nobody can tell."""
+    parent = "x" * 300
+    refuses("ENAMETOOLONG", lambda: store.put(Definition(parent, A, "kind-1"), create=True), "File name too long")
+    (found,) = store.find(A, parent)
+    refused = module.already_defined(parent, A, found)
+    assert (refused.name, "it cannot be read: File name too long" in str(refused)) == ("ENAMETOOLONG", True)
+    refuses("ENAMETOOLONG", lambda: store.get(parent, A), "it cannot be read")
+
+
 def test_keys_we_do_not_know_stay(store, write):
     write(A, {"mdev_type": "kind-1", "start": "later", "owner": "me", "more": [1, {"x": None}], "attrs": None})
     found = store.get("card0", A)

@@ -108,6 +108,22 @@ def test_a_parent_that_is_installed_can_be_used_at_once_and_goes_when_it_is_remo
     refused("ENODEV", lambda: client.post("/v1/devices", wish), "there is no parent 'late'")
 
 
+def test_a_plugin_with_a_parent_of_anothers_name_harms_nobody_but_itself(environment, service, client, refused):
+    client.post("/v1/devices", {"type": "demo-small", "parent": "demo0", "uuid": UUID})
+    environment.install("late", code("demo0"))
+    sentence = "parent demo0 is plugin demo's: remove one of the two"
+    refused("ENODEV", lambda: client.post("/v1/devices", {"type": "nope"}), "there is no type 'nope'")
+    (failed,) = [host for host in client.get("/v1/hosts") if host["state"] == "failed"]
+    assert (failed["key"], failed["error"]) == ("late", sentence)
+    # Nor does it when both are there from the start.
+    service.stop()
+    service.start()
+    with service.client() as later:
+        assert later.get(f"/v1/devices/{UUID}")["state"] == "bound"
+        assert later.post("/v1/devices", {"type": "demo-small", "parent": "demo0"})["state"] == "bound"
+        assert [host["error"] for host in later.get("/v1/hosts") if host["state"] == "failed"] == [sentence]
+
+
 def test_what_comes_and_goes_is_told_as_an_event_without_a_question(environment, service, client):
     watcher = service.client().events(timeout=30)
     environment.install("late")

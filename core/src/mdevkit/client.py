@@ -168,7 +168,7 @@ def _connect(path: str, *, start: bool) -> socket.socket:
     except MdevError as error:
         if not start or error.errno != errno.ECONNREFUSED:
             raise
-    start_service(path)
+    start_service(path, ["--again"])
     return _dial(path)
 
 
@@ -183,7 +183,9 @@ def _dial(path: str) -> socket.socket:
         raise MdevError(errno.ECONNREFUSED, f"no service runs at {path}", path) from None
     except OSError as error:
         client.close()
-        raise MdevError(error.errno or errno.EIO, f"the service at {path} cannot be reached: {error.strerror}", path) from error
+        # What the socket module itself refuses, a path that is too long, has no number.
+        message = f"the service at {path} cannot be reached: {error.strerror or error}"
+        raise MdevError(error.errno or errno.EIO, message, path) from error
     if owner not in {0, os.getuid()}:
         client.close()
         raise MdevError(errno.EPERM, f"{path} is neither this user's nor root's, but user {owner}'s", path)
@@ -193,6 +195,7 @@ def _dial(path: str) -> socket.socket:
 def start_service(path: str | os.PathLike[str], arguments: Sequence[str] = ()) -> None:
     """Start a detached service that listens at `path`, with further arguments, and wait until it does.
 
+    With ``--again`` it gets the options of the last one that was started there on purpose (`mdevkit service start`).
     Two that start at once end with one service: the second finds the first. ENOPKG says what to install when there is no
     service here; ETIMEDOUT and EIO tell where it wrote why.
     """
@@ -213,7 +216,13 @@ def start_service(path: str | os.PathLike[str], arguments: Sequence[str] = ()) -
         raise MdevError(error.errno or errno.EIO, message, path) from error
     with os.fdopen(descriptor, "ab") as output:
         command = [sys.executable, "-P", "-m", "mdevkit_service", "--socket", str(path), *arguments]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, cwd="/")
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, cwd="/"
+            )
+        except OSError as error:
+            message = f"no service can be started: {sys.executable}: {error.strerror}"
+            raise MdevError(error.errno or errno.EIO, message, path) from error
     deadline = time.monotonic() + START_LIMIT
     while time.monotonic() < deadline:
         try:

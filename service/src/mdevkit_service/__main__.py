@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Final
 from mdevkit.errors import MdevError
 
 from mdevkit_service import forker
-from mdevkit_service.settings import ENDPOINT_MODE, Settings, default_definitions, host_environment, only_root
+from mdevkit_service.settings import (
+    ENDPOINT_MODE,
+    Settings,
+    default_definitions,
+    host_environment,
+    only_root,
+    remember,
+    remembered,
+)
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -36,12 +44,16 @@ def main() -> int:
     """Run the service until it is told to end; 0 also when one runs already."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     try:
-        settings = _settings(_parser().parse_args())
+        options = _parser().parse_args()
+        if options.again:
+            options = _parser().parse_args(["--socket", str(options.socket), *remembered(options.socket.parent)])
+        settings = _settings(options)
         settings.make_folders()
         with contextlib.ExitStack() as stack:
             lock = _lock(settings)
             if lock is None:
                 return 0
+            remember(settings.runtime, _words(options))
             stack.callback(os.close, lock)
             zygote = forker.spawn(host_environment(settings.shared))
             return _serve(settings, zygote)
@@ -54,12 +66,25 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mdevkit_service", description="The resident service of mdevkit.")
     parser.add_argument("--socket", type=Path, required=True, help="where to listen; its folder is the runtime folder")
+    parser.add_argument("--again", action="store_true", help="with the options the last service there had, and no others")
     parser.add_argument("--definitions", type=Path, help="root of the definitions")
     parser.add_argument("--group", help="group whose members may use a service of root's")
     parser.add_argument("--host-user", help="whom hosts of a service of root's run as")
     parser.add_argument("--endpoint-owner", metavar="USER[:GROUP]", help="owner of endpoint sockets")
     parser.add_argument("--endpoint-mode", type=lambda text: int(text, 8), default=ENDPOINT_MODE, help="their mode, octal")
     return parser
+
+
+def _words(options: argparse.Namespace) -> list[str]:
+    """Return what it takes to start a service with these options again, beside the socket."""
+    given = {
+        "--definitions": options.definitions and options.definitions.absolute(),
+        "--group": options.group,
+        "--host-user": options.host_user,
+        "--endpoint-owner": options.endpoint_owner,
+        "--endpoint-mode": f"{options.endpoint_mode:o}" if options.endpoint_mode != ENDPOINT_MODE else None,
+    }
+    return [str(word) for pair in given.items() if pair[1] is not None for word in pair]
 
 
 def _settings(options: argparse.Namespace) -> Settings:

@@ -110,16 +110,17 @@ class Definition:
 
 
 class BadDefinition:
-    """A file among the definitions that cannot be used, and why."""
+    """A file among the definitions that cannot be used, and why: `number` is EINVAL for what it says, else what reading it gave."""
 
-    __slots__ = ("_source", "error", "parent", "path", "uuid")
+    __slots__ = ("_source", "error", "number", "parent", "path", "uuid")
 
-    def __init__(self, parent: str, uuid: str, path: str, error: str, source: bytes | str = "") -> None:
+    def __init__(self, parent: str, uuid: str, path: str, error: str, source: bytes | str = "", number: int = errno.EINVAL) -> None:
         self.parent: Final = parent
         #: Its UUID, or the name it has instead.
         self.uuid: Final = uuid
         self.path: Final = path
         self.error: Final = error
+        self.number: Final = number
         self._source: Final = source
 
     @property
@@ -251,7 +252,7 @@ class Definitions:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            return BadDefinition(parent, name, path, f"it cannot be read: {error.strerror}")
+            return BadDefinition(parent, name, path, f"it cannot be read: {error.strerror}", number=error.errno or errno.EIO)
         if time.time_ns() - stamp[1] > _CLOCK:
             self._cache[path] = stamp, entry
         return entry
@@ -315,21 +316,23 @@ class Definitions:
 
 
 def usable(entry: Entry) -> Definition:
-    """Return an entry that is a definition; EINVAL with its path for one that cannot be used."""
+    """Return an entry that is a definition; EINVAL with its path for one that cannot be used, or why it cannot be read."""
     if isinstance(entry, BadDefinition):
-        raise MdevError(errno.EINVAL, f"{entry.path}: {entry.error}", entry.path)
+        raise MdevError(entry.number, f"{entry.path}: {entry.error}", entry.path)
     return entry
 
 
-def already_defined(parent: str, uuid: str) -> MdevError:
-    """Return the error for a definition that is there already."""
+def already_defined(parent: str, uuid: str, entry: Entry | None = None) -> MdevError:
+    """Return the error for a definition that is there already; of an entry that cannot be read nobody can tell that."""
+    if isinstance(entry, BadDefinition) and entry.number != errno.EINVAL:
+        return MdevError(entry.number, f"{entry.path}: {entry.error}", entry.path)
     return MdevError(errno.EEXIST, f"Device {uuid} on {parent} already defined", uuid)
 
 
 def check_current(current: Entry | None, parent: str, uuid: str, *, create: bool = False, tag: str | None = None) -> None:
     """Raise EEXIST with `create` when there is a definition, EAGAIN when `tag` names another than the one there is."""
     if create and current is not None:
-        raise already_defined(parent, uuid)
+        raise already_defined(parent, uuid, current)
     if tag is not None and tag != (current.tag if current else ""):
         message = f"definition {parent}/{uuid} has been changed by somebody else meanwhile; try again"
         raise MdevError(errno.EAGAIN, message, uuid)

@@ -59,6 +59,8 @@ class Hosts:
         self._outdated: Final[set[HostProcess]] = set()
         #: Plugin to its distribution and version, as last seen.
         self._plugins: Final[dict[str, str]] = {}
+        #: Parent to the plugin that brings it.
+        self._brought: Final[dict[str, str]] = {}
         #: Plugin to why it cannot be used.
         self._broken: Final[dict[str, str]] = {}
         #: Tells when something was installed or removed.
@@ -130,14 +132,22 @@ class Hosts:
             if fresh:
                 await self.drop_outdated()
             unknown = [name for name in found if name not in self._plugins or name in self._broken]
-            await asyncio.gather(*(self._scout_plugin(name, fresh) for name in unknown))
+            asked = (self._forker.ask("scout", {"plugin": name, "fresh": fresh}, SCOUT_LIMIT) for name in unknown)
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            # In turn: of two that bring the same parent it is always the same one that may.
+            for name, told in zip(unknown, answers, strict=True):
+                await self._take_plugin(name, told)
             self._plugins.update(found)
 
-    async def _scout_plugin(self, name: str, fresh: bool) -> None:
+    async def _take_plugin(self, name: str, told: tuple[dict[str, Any], list[int]] | BaseException) -> None:
+        """Give the parents a plugin has told of their hosts."""
         self._broken.pop(name, None)
         try:
-            answer, _ = await self._forker.ask("scout", {"plugin": name, "fresh": fresh}, SCOUT_LIMIT)
-            for parent in answer["parents"]:
+            if isinstance(told, BaseException):
+                raise told
+            parents = told[0]["parents"]
+            self._check_names(name, [parent["name"] for parent in parents])
+            for parent in parents:
                 host = await self._host_for(parent["name"], parent["host"])
                 if name not in host.plugins:
                     host.plugins.append(name)
@@ -145,6 +155,14 @@ class Hosts:
         except MdevError as error:
             log.error("plugin %s: %s", name, error)
             self._broken[name] = str(error)
+
+    def _check_names(self, plugin: str, parents: list[str]) -> None:
+        """Note which parents a plugin brings: EEXIST for one that has the name of another plugin's, which goes on."""
+        for parent in parents:
+            other = self._brought.get(parent, plugin)
+            if other != plugin:
+                raise MdevError(errno.EEXIST, f"parent {parent} is plugin {other}'s: remove one of the two", parent)
+        self._brought.update(dict.fromkeys(parents, plugin))
 
     async def _host_for(self, parent: str, key: str) -> HostProcess:
         """Return the host a parent is to live in: EBUSY when it runs already, without that parent and with devices."""
@@ -163,6 +181,8 @@ class Hosts:
         """Forget a plugin that was removed, or is there in another version."""
         del self._plugins[name]
         self._broken.pop(name, None)
+        for parent in [parent for parent, plugin in self._brought.items() if plugin == name]:
+            del self._brought[parent]
         for host in self._hosts.values():
             if name in host.plugins:
                 host.plugins.remove(name)

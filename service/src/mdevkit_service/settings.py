@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
+import msgspec
 from mdevkit.errors import MdevError
 from mdevkit.sockets import MAX_PATH
 
 from mdevkit_service.opener import ids
+
+log = logging.getLogger("mdevkit.service")
 
 #: What sockets of its own a device can have, behind the same name: its endpoint, and what shows its screen.
 OWN_SOCKETS: Final = (".sock", ".screen")
@@ -23,6 +27,9 @@ OWN_SOCKETS: Final = (".sock", ".screen")
 _LONGEST: Final = len("/devices/") + 36 + len(".screen")
 #: The longest host key that is a file name as it is; a longer one is abbreviated by a hash.
 _KEY_MAX: Final = 32
+
+#: Where a service's options are kept, in its runtime folder.
+_OPTIONS: Final = "options.json"
 
 #: The mode of endpoint sockets unless another is asked for.
 ENDPOINT_MODE: Final = 0o600
@@ -123,6 +130,35 @@ def only_root(asked: bool) -> None:
     if asked and os.getuid() != 0:
         message = "a group, a host user, and an owner or mode of endpoints are for a service of root's; a user's is for him alone"
         raise MdevError(errno.EPERM, message)
+
+
+def remember(runtime: Path, options: Sequence[str]) -> None:
+    """Note with which options the service of a folder was started: one that a command starts again has them too.
+
+    A service whose note cannot be written serves all the same.
+    """
+    note = runtime / _OPTIONS
+    try:
+        if not options:
+            note.unlink(missing_ok=True)
+        elif list(options) != remembered(runtime):
+            fresh = note.with_suffix(".tmp")
+            fresh.write_bytes(msgspec.json.encode(options))
+            fresh.replace(note)
+    except OSError as error:
+        log.error("%s cannot be written: %s", note, error.strerror)
+
+
+def remembered(runtime: Path) -> list[str]:
+    """Return what `remember` has noted; EINVAL for a note that is none."""
+    note = runtime / _OPTIONS
+    try:
+        return msgspec.json.decode(note.read_bytes(), type=list[str])
+    except FileNotFoundError:
+        return []
+    except (OSError, msgspec.MsgspecError) as error:
+        hint = "mdevkit service start makes it anew"
+        raise MdevError(errno.EINVAL, f"{note}, the options of the last service, cannot be read: {error}; {hint}", note) from error
 
 
 def endpoint_in(folder: str, uuid: str) -> str:

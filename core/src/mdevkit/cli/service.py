@@ -40,7 +40,7 @@ def start(
     ] = None,
     endpoint_mode: Annotated[str | None, typer.Option(metavar="OCTAL", help="As root: mode of devices' sockets; 0600.")] = None,
 ) -> None:
-    """Start the service in the background, unless it runs."""
+    """Start the service in the background, unless it runs. A command that has to start it again does so with these options."""
     given = {
         "--group": group,
         "--definitions": definitions and definitions.absolute(),
@@ -49,15 +49,19 @@ def start(
         "--endpoint-mode": endpoint_mode,
     }
     path = control_socket()
+    options = [str(word) for pair in given.items() if pair[1] is not None for word in pair]
     try:
         Client(path, start=False).close()
     except MdevError as error:
         if error.errno != errno.ECONNREFUSED:
             raise
     else:
+        if options:
+            message = f"the service runs at {path} already, with its own options: mdevkit service stop, then start; devices go on"
+            raise MdevError(errno.EBUSY, message)
         say(f"the service runs at {path}")
         return
-    start_service(path, [str(word) for pair in given.items() if pair[1] is not None for word in pair])
+    start_service(path, options)
     # Not before it has found its hosts is it of use to anybody.
     with Client(path, start=False) as service:
         service.get("/v1/hosts")

@@ -87,8 +87,8 @@ class Manager:
                 raise MdevError(errno.EEXIST, message, uuid)
         else:
             definition = _wanted(uuid, parent, type, active).changed(start="auto" if auto else "manual")
-            if self.store.find(uuid, definition.parent):
-                raise already_defined(definition.parent, uuid)
+            if found := self.store.find(uuid, definition.parent):
+                raise already_defined(definition.parent, uuid, found[0])
         if owner is not None:
             definition = definition.changed(extra={"owner": owner})
         callout = Callout(self.scripts, definition, force=force)
