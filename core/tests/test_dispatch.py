@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import logging
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from mdevkit import Bus, Driver, MdevError, ParentOps, hookimpl
+from mdevkit import Bus, Driver, MdevError, ParentOps, Registry, hookimpl
 from mdevkit.dispatch import BusHooks, DriverHooks, ParentHooks, check_wrapper, implementations
 
 
@@ -184,6 +186,9 @@ def test_properties_of_a_plugin_are_not_evaluated():
         (MdevError(errno.EPERM, "not you"), errno.EPERM, "not you"),
         (SystemExit(1), errno.EIO, "device D: create failed: SystemExit: 1"),
         (StopIteration(), errno.EIO, "device D: create failed: StopIteration"),
+        (asyncio.CancelledError("stopped"), errno.EIO, "device D: create failed: CancelledError: stopped"),
+        (GeneratorExit(), errno.EIO, "device D: create failed: GeneratorExit"),
+        (pytest.fail.Exception("odd"), errno.EIO, "device D: create failed: Failed: odd"),
     ],
 )
 def test_what_a_hook_raises(raised, number, text, fails):
@@ -193,6 +198,21 @@ def test_what_a_hook_raises(raised, number, text, fails):
             raise raised
 
     assert fails(number, ParentHooks(Raises()).create, DEVICE, {}) == text
+    assert fails(number, ParentHooks(Raises(), [Everything()]).create, DEVICE, {}) == text
+
+
+def test_a_vendors_cancelled_error_does_not_stop_the_registry_half_way(kit, taker):
+    """It is no `Exception`: the parents registered before would be left as they are."""
+
+    def cancelled(mdev):
+        raise asyncio.CancelledError("the vendor's loop was stopped")
+
+    good, bad = kit.Card("good"), kit.Card("bad")
+    bad.on_remove = cancelled
+    with Registry([kit.Bus(), taker, good, bad]) as registry:
+        registry.create("good-1")
+        registry.create("bad-1")
+    assert (good.alive, taker.held, registry.parents) == ({}, {}, [])
 
 
 def test_an_error_is_not_its_own_cause():
@@ -273,20 +293,28 @@ class Everything:
         return (yield from self._around())
 
     parent_suspend = bus_probe = bus_suspend = driver_probe = driver_suspend = parent_create
+    parent_remove = parent_unregister = parent_resume = bus_remove = bus_resume = parent_create
+    driver_remove = driver_resume = parent_create
 
 
 def owner(family, refuse=None):
-    """Return (done, hooks) of an owner of a family; `refuse` is raised by every hook that can be refused."""
+    """Return (done, hooks) of an owner of a family; `refuse` is raised by every hook but those that undo another."""
     done = []
 
     def hook(name):
         def call(self, **arguments):
             done.append(name)
-            if refuse and name.endswith(("create", "probe", "suspend")):
+            if refuse and not (name.endswith(("remove", "resume")) and len(done) > 1):
                 raise refuse
             return "answer" if name == "driver_probe" else None
 
-        argument = "parent" if name in {"parent_suspend", "parent_resume"} else "mdev" if family is ParentHooks else "device"
+        argument = (
+            "parent"
+            if name in {"parent_suspend", "parent_resume", "parent_unregister"}
+            else "mdev"
+            if family is ParentHooks
+            else "device"
+        )
         scope = {"call": call}
         exec(f"def {name}(self, {argument}): return call(self, {argument}={argument})", scope)  # pluggy reads the argument names
         return hookimpl(scope[name])
@@ -294,7 +322,8 @@ def owner(family, refuse=None):
     base = {ParentHooks: ParentOps, BusHooks: Bus, DriverHooks: Driver}[family]
     prefix = {ParentHooks: "parent", BusHooks: "bus", DriverHooks: "driver"}[family]
     first = "create" if family is ParentHooks else "probe"
-    hooks = {f"{prefix}_{what}": hook(f"{prefix}_{what}") for what in (first, "remove", "suspend", "resume")}
+    last = ["unregister"] if family is ParentHooks else []
+    hooks = {f"{prefix}_{what}": hook(f"{prefix}_{what}") for what in (first, "remove", "suspend", "resume", *last)}
     return done, type("Made", (base,), {"name": "made", **hooks})()
 
 
@@ -342,6 +371,101 @@ class TestPairs:
         with pytest.raises(KeyboardInterrupt):
             getattr(family(plugin, [Everything(after=KeyboardInterrupt())]), call)(*arguments)
         assert done == [hook, opposite]
+
+
+SURE = [
+    (ParentHooks, "remove", "parent_remove"),
+    (ParentHooks, "unregister", "parent_unregister"),
+    (ParentHooks, "resume", "parent_resume"),
+    (BusHooks, "remove", "bus_remove"),
+    (BusHooks, "resume", "bus_resume"),
+    (DriverHooks, "remove", "driver_remove"),
+    (DriverHooks, "resume", "driver_resume"),
+]
+
+
+@pytest.mark.parametrize(("family", "call", "hook"), SURE)
+class TestWhatNobodyCanRefuse:
+    """Core goes on as if it were done, so the owner gets the call, once, whatever its wrappers do."""
+
+    @pytest.mark.parametrize("raised", [RuntimeError("down"), asyncio.CancelledError("down")])
+    def test_a_wrapper_that_fails_before_the_owner(self, family, call, hook, raised, fails):
+        done, plugin = owner(family)
+        broken = Everything(before=raised)
+        for wrappers in ([broken], [Everything(), broken], [broken, Everything()]):
+            done.clear()
+            text = fails(errno.EIO, getattr(family(plugin, wrappers), call), DEVICE)
+            assert text.endswith(f"{type(raised).__name__}: down")
+            assert done == [hook]
+
+    def test_a_wrapper_that_fails_after_the_owner(self, family, call, hook, fails):
+        done, plugin = owner(family)
+        assert (
+            fails(errno.EDQUOT, getattr(family(plugin, [Everything(after=MdevError(errno.EDQUOT, "quota"))]), call), DEVICE)
+            == "quota"
+        )
+        assert done == [hook]
+
+    def test_a_wrapper_that_hides_that_the_call_was_not_made(self, family, call, hook, fails):
+        for refuse in (None, OSError(errno.ENOSPC, "full")):
+            done, plugin = owner(family, refuse)
+            # The first to be registered is the innermost.
+            hooks = family(plugin, [Everything(before=MdevError(errno.EDQUOT, "quota")), Everything(swallow=True)])
+            if refuse:
+                assert fails(errno.ENOSPC, getattr(hooks, call), DEVICE).endswith(": full")
+            else:
+                getattr(hooks, call)(DEVICE)
+            assert done == [hook]
+
+    def test_an_owner_that_fails_is_not_called_again(self, family, call, hook, fails):
+        done, plugin = owner(family, OSError(errno.ENOSPC, "full"))
+        assert fails(errno.ENOSPC, getattr(family(plugin, [Everything()]), call), DEVICE).endswith(": full")
+        assert done == [hook]
+
+    def test_when_both_fail_the_owners_failure_is_logged(self, family, call, hook, fails, caplog):
+        done, plugin = owner(family, OSError(errno.ENOSPC, "full"))
+        with caplog.at_level(logging.ERROR):
+            assert fails(errno.EDQUOT, getattr(family(plugin, [Everything(before=OSError(errno.EDQUOT, "quota"))]), call), DEVICE)
+        assert caplog.text.rstrip().endswith(": full")
+        assert done == [hook]
+
+    def test_an_interrupt_before_the_owner(self, family, call, hook):
+        done, plugin = owner(family)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(family(plugin, [Everything(before=KeyboardInterrupt())]), call)(DEVICE)
+        assert done == [hook]
+
+
+def test_an_undo_that_a_wrapper_stops_reaches_the_owner_all_the_same(fails):
+    class Broken:
+        @hookimpl(wrapper=True)
+        def parent_create(self):
+            yield
+            raise MdevError(errno.EDQUOT, "quota")
+
+        @hookimpl(wrapper=True)
+        def parent_remove(self):
+            raise RuntimeError("down")
+            yield
+
+    plugin = Good()
+    assert fails(errno.EDQUOT, ParentHooks(plugin, [Broken()]).create, DEVICE, {}) == "quota"
+    assert plugin.done == ["create", "remove"]
+
+
+def test_a_device_whose_removal_a_wrapper_stops_is_gone_for_its_vendor_too(kit, card, taker):
+    """Otherwise its socket and threads live on, and its UUID cannot be used again."""
+    with Registry([kit.Bus(), taker, card, Everything(before=None)]) as registry:
+        wrapper = registry._wrappers[0]
+        mdev = registry.create("card-1")
+        wrapper.before = RuntimeError("the audit server cannot be reached")
+        registry.remove(mdev.uuid)
+        assert (card.alive, taker.held, registry.mdevs) == ({}, {}, [])
+        wrapper.before = None
+        registry.create("card-1", uuid=mdev.uuid)
+        wrapper.before = RuntimeError("the audit server cannot be reached")
+    assert (card.alive, taker.held) == ({}, {})
+    assert card.calls[-1] == ("unregister", "card")
 
 
 def test_a_driver_that_is_undone_finds_its_endpoint():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import errno
 import traceback
 
@@ -77,6 +78,21 @@ def test_guard_does_not_make_an_error_its_own_cause():
         raise MdevError(errno.EPERM, "no")
     assert caught.value.__cause__ is None
     assert "".join(traceback.format_exception(caught.value)).count("no") >= 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "text"),
+    [
+        (SystemExit(3), "SystemExit: 3"),
+        (asyncio.CancelledError("the loop was stopped"), "CancelledError: the loop was stopped"),
+        (GeneratorExit(), "GeneratorExit"),
+        (pytest.fail.Exception("odd"), "Failed: odd"),
+    ],
+)
+def test_guard_wraps_what_is_no_exception_in_pythons_sense(raised, text):
+    with pytest.raises(MdevError) as caught, Guard("doing"):
+        raise raised
+    assert (str(caught.value), caught.value.__cause__) == (f"doing: {text}", raised)
 
 
 def test_guard_lets_the_users_interrupt_pass():

@@ -125,6 +125,8 @@ BROKEN = {
     "value": ("x = 5", "x", "bad_value:x is not callable; a factory is wanted"),
     "factory": ("def x(): raise ValueError('no\\ncard')", "x", "bad_factory:x() failed: ValueError: no card"),
     "quits": ("def x(): raise SystemExit", "x", "bad_quits:x() failed: SystemExit"),
+    "cancelled": ("import asyncio\nraise asyncio.CancelledError('no loop')", "x", "CancelledError: no loop"),
+    "generator": ("def x(): raise GeneratorExit", "x", "bad_generator:x() failed: GeneratorExit"),
     "nothing": ("def x(): pass", "x", "a parent is wanted, not a NoneType object"),
     "string": ("def x(): return 'acme'", "x", "a parent is wanted, not a str object"),
     "types": (
@@ -208,6 +210,43 @@ def test_an_installation_without_metadata(acme):
     told, parents = acme.discover()
     assert parents == ["acme"]
     assert ["mdevkit.parents", "torn", "?", "?", "failed", "ImportError: files are gone"] in told
+
+
+LATIN = "Metadata-Version: 2.1\nName: {name}\nVersion: 0.4\nAuthor: J\u00fcrgen\n"
+
+
+def test_metadata_that_is_not_utf8_costs_nobody_anything(acme):
+    """Name and version are told all the same, by which the plugin can be blocked, and found if it is broken otherwise too."""
+    for name, source in (("latin-good", good("latin")), ("latin-bad", "import nothing_like_this"), ("latin-torn", "")):
+        info = acme.add(name, source, "0.4", parents=[f"{name} = {name.replace('-', '_')}:latin"])
+        (info / "METADATA").write_bytes(LATIN.format(name=name).encode("latin-1"))
+    told, parents = acme.discover(MDEVKIT_PLUGINS_BLOCK=f"{OURS},latin-torn")
+    assert parents == ["acme", "latin"]
+    by_name = {fact[1]: fact[2:5] for fact in told}
+    assert by_name["latin-good"] == ["latin-good", "0.4", "loaded"]
+    assert by_name["latin-bad"] == ["latin-bad", "0.4", "failed"]
+    assert by_name["latin-torn"] == ["latin-torn", "0.4", "blocked"]
+    # With a damaged file elsewhere, each distribution is read apart.
+    (info / "entry_points.txt").write_text("[mdevkit.parents]\ngarbage\n")
+    told, parents = acme.discover()
+    assert parents == ["acme", "latin"]
+    assert [fact[1:5] for fact in told if fact[2] == "latin-torn"] == [["?", "latin-torn", "0.4", "failed"]]
+
+
+def test_metadata_whose_name_is_not_ascii(acme):
+    info = acme.add("odd", good("odd"), "0.4", parents=["odd = odd:odd"])
+    (info / "METADATA").write_bytes(LATIN.format(name="J\u00fcrgen").encode("latin-1"))
+    told, parents = acme.discover()
+    assert parents == ["acme", "odd"]
+    assert ["mdevkit.parents", "odd", "J\ufffdrgen", "0.4", "loaded", ""] in told
+
+
+def test_two_installations_without_metadata_do_not_hide_each_other(acme):
+    for name in ("first", "second"):
+        acme.add(name, good(name), metadata=False, parents=[f"{name} = {name}:{name}"])
+    info = acme.add("damaged", "")
+    (info / "entry_points.txt").write_text("[mdevkit.parents]\ngarbage\n")
+    assert acme.discover()[1] == ["acme", "first", "second"]
 
 
 @pytest.mark.parametrize("content", [b"[mdevkit.parents]\ngarbage\n", b"[mdevkit.parents]\nx = \xff\n"])

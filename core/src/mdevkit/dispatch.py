@@ -6,7 +6,8 @@ raw (`mdevkit.errors.wrap`). Calls may come from any thread; the managers do not
 
 A wrapper may fail a call after the owner has done its part. Whoever called must then find nothing done, so hooks that come
 in pairs (create and remove, probe and remove, suspend and resume) are undone here. Nor can a wrapper pass off the owner's
-failure as a success. What the owner itself answered is seen by a `_Witness`, the innermost wrapper.
+failure as a success, or keep from the owner a call that nobody can refuse (remove, unregister, resume): core goes on as if it
+were done. What the owner itself did is seen by a `_Witness`, the innermost wrapper.
 """
 
 from __future__ import annotations
@@ -98,29 +99,39 @@ class _Manager(pluggy.PluginManager):
 
 
 class _Witness:
-    """Sees what the owner of a hook answered, whatever the wrappers around it make of that."""
+    """Sees what the owner of a hook did, whatever the wrappers around it make of that."""
 
     def __init__(self) -> None:
         self._threads: Final = threading.local()
 
     @contextmanager
     def watch(self) -> Iterator[list[Any]]:
-        """Collect the owner's answer to the call made inside the block; nothing is in the list if the owner raised."""
-        outer = getattr(self._threads, "answers", None)
-        answers: list[Any] = []
-        self._threads.answers = answers
+        """Collect what the owner did when called inside the block.
+
+        Of a hook that can be refused that is its answer; nothing is in the list if it raised. Of one that cannot, the list has
+        something in it as soon as the owner is called.
+        """
+        outer = getattr(self._threads, "seen", None)
+        seen: list[Any] = []
+        self._threads.seen = seen
         try:
-            yield answers
+            yield seen
         finally:
-            self._threads.answers = outer
+            self._threads.seen = outer
 
     @hookimpl(wrapper=True, trylast=True)
     def parent_create(self) -> Generator[None, Any, Any]:
         answer = yield
-        self._threads.answers.append(answer)
+        self._threads.seen.append(answer)
         return answer
 
+    @hookimpl(wrapper=True, trylast=True)
+    def parent_remove(self) -> Generator[None, Any, Any]:
+        self._threads.seen.append(None)
+        return (yield)
+
     parent_suspend = bus_probe = bus_suspend = driver_probe = driver_suspend = parent_create
+    parent_unregister = parent_resume = bus_remove = bus_resume = driver_remove = driver_resume = parent_remove
 
 
 def _manager(owner: object, wrappers: Iterable[object]) -> pluggy.PluginManager:
@@ -147,6 +158,19 @@ def quietly(call: Callable[[], None]) -> None:
         log.error("%s", error)
 
 
+def _call(hooks: pluggy.HookRelay, hook: str, doing: str, subject: Any, **arguments: Any) -> Any:
+    """Call a hook, as under a `Guard`, whose sentence would cost as much as the call."""
+    try:
+        return getattr(hooks, hook)(**arguments)
+    except MdevError as error:
+        wrap(error, doing, subject)
+        raise
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise wrap(error, f"{subject}: {doing}", subject) from error
+
+
 class _Hooks:
     """The hooks of one owner, ready to call."""
 
@@ -165,16 +189,21 @@ class _Hooks:
             raise MdevError(errno.EINVAL, f"{_name(owner)} implements {', '.join(foreign)}, which it does not own", owner)
         wrappers = list(wrappers)
         self._witness: Final = _Witness() if wrappers else None
+        #: The owner without its wrappers.
+        self._owner: Final = _manager(owner, ()).hook
         # The last of those that want to be last is the innermost.
-        self._hook: Final = _manager(owner, [*wrappers, self._witness] if self._witness else ()).hook
+        self._hook: Final = _manager(owner, [*wrappers, self._witness]).hook if self._witness else self._owner
 
-    def _call(self, hook: str, doing: str, subject: Any, undo: Undo | None = None, **arguments: Any) -> Any:
-        """Call a hook; `undo` gets the owner's answer if a wrapper fails the call after the owner has done it."""
-        if undo is None or self._witness is None:
-            return self._call_once(hook, doing, subject, **arguments)
+    def _call(self, hook: str, doing: str, subject: Any, **arguments: Any) -> Any:
+        return _call(self._hook, hook, doing, subject, **arguments)
+
+    def _undoably(self, undo: Undo, hook: str, doing: str, subject: Any, **arguments: Any) -> Any:
+        """Call a hook that can be refused; `undo` gets the owner's answer if a wrapper fails the call afterwards."""
+        if self._witness is None:
+            return self._call(hook, doing, subject, **arguments)
         with self._witness.watch() as answers:
             try:
-                result = self._call_once(hook, doing, subject, **arguments)
+                result = self._call(hook, doing, subject, **arguments)
             except BaseException:
                 if answers:
                     quietly(lambda: undo(answers[0]))
@@ -183,14 +212,20 @@ class _Hooks:
             raise MdevError(errno.EIO, f"{subject}: {doing}: a wrapper hid the failure, or did not make the call", subject)
         return result
 
-    def _call_once(self, hook: str, doing: str, subject: Any, **arguments: Any) -> Any:
-        try:
-            return getattr(self._hook, hook)(**arguments)
-        except MdevError as error:
-            wrap(error, doing, subject)
-            raise
-        except (Exception, SystemExit) as error:
-            raise wrap(error, f"{subject}: {doing}", subject) from error
+    def _surely(self, hook: str, doing: str, subject: Any, **arguments: Any) -> None:
+        """Call a hook that nobody can refuse: the owner gets a call that its wrappers did not let through without them."""
+        if self._witness is None:
+            self._call(hook, doing, subject, **arguments)
+            return
+        with self._witness.watch() as called:
+            try:
+                self._call(hook, doing, subject, **arguments)
+            except BaseException:
+                if not called:
+                    quietly(lambda: _call(self._owner, hook, doing, subject, **arguments))
+                raise
+        if not called:
+            _call(self._owner, hook, doing, subject, **arguments)
 
 
 class ParentHooks(_Hooks):
@@ -204,23 +239,23 @@ class ParentHooks(_Hooks):
 
     def create(self, mdev: Mdev, params: Mapping[str, Any]) -> None:
         """Call `parent_create`."""
-        self._call("parent_create", "create failed", mdev, lambda _answer: self.remove(mdev), mdev=mdev, params=params)
+        self._undoably(lambda _answer: self.remove(mdev), "parent_create", "create failed", mdev, mdev=mdev, params=params)
 
     def remove(self, mdev: Mdev) -> None:
         """Call `parent_remove`."""
-        self._call("parent_remove", "remove failed", mdev, mdev=mdev)
+        self._surely("parent_remove", "remove failed", mdev, mdev=mdev)
 
     def unregister(self, parent: Parent) -> None:
         """Call `parent_unregister`."""
-        self._call("parent_unregister", "unregister failed", parent, parent=parent)
+        self._surely("parent_unregister", "unregister failed", parent, parent=parent)
 
     def suspend(self, parent: Parent) -> None:
         """Call `parent_suspend`."""
-        self._call("parent_suspend", "suspend refused", parent, lambda _answer: self.resume(parent), parent=parent)
+        self._undoably(lambda _answer: self.resume(parent), "parent_suspend", "suspend refused", parent, parent=parent)
 
     def resume(self, parent: Parent) -> None:
         """Call `parent_resume`."""
-        self._call("parent_resume", "resume failed", parent, parent=parent)
+        self._surely("parent_resume", "resume failed", parent, parent=parent)
 
 
 class BusHooks(_Hooks):
@@ -246,20 +281,20 @@ class BusHooks(_Hooks):
     def probe(self, device: Device, driver: Driver) -> None:
         """Call `bus_probe`."""
         doing = f"bus {self.bus.name}: probe failed"
-        self._call("bus_probe", doing, device, lambda _answer: self.remove(device), device=device, driver=driver)
+        self._undoably(lambda _answer: self.remove(device), "bus_probe", doing, device, device=device, driver=driver)
 
     def remove(self, device: Device) -> None:
         """Call `bus_remove`."""
-        self._call("bus_remove", f"bus {self.bus.name}: remove failed", device, device=device)
+        self._surely("bus_remove", f"bus {self.bus.name}: remove failed", device, device=device)
 
     def suspend(self, device: Device) -> None:
         """Call `bus_suspend`."""
         doing = f"bus {self.bus.name}: suspend refused"
-        self._call("bus_suspend", doing, device, lambda _answer: self.resume(device), device=device)
+        self._undoably(lambda _answer: self.resume(device), "bus_suspend", doing, device, device=device)
 
     def resume(self, device: Device) -> None:
         """Call `bus_resume`."""
-        self._call("bus_resume", f"bus {self.bus.name}: resume failed", device, device=device)
+        self._surely("bus_resume", f"bus {self.bus.name}: resume failed", device, device=device)
 
 
 class DriverHooks(_Hooks):
@@ -282,12 +317,12 @@ class DriverHooks(_Hooks):
             finally:
                 device.endpoint = None
 
-        endpoint: Endpoint | None = self._call("driver_probe", self._doing("probe failed"), device, undo, device=device)
+        endpoint: Endpoint | None = self._undoably(undo, "driver_probe", self._doing("probe failed"), device, device=device)
         return endpoint
 
     def remove(self, device: Device) -> None:
         """Call `driver_remove`."""
-        self._call("driver_remove", self._doing("remove failed"), device, device=device)
+        self._surely("driver_remove", self._doing("remove failed"), device, device=device)
 
     def let_go(self, device: Device, timeout: float, force: bool) -> None:
         """Call `driver_let_go`."""
@@ -296,11 +331,11 @@ class DriverHooks(_Hooks):
     def suspend(self, device: Device) -> None:
         """Call `driver_suspend`."""
         doing = self._doing("suspend refused")
-        self._call("driver_suspend", doing, device, lambda _answer: self.resume(device), device=device)
+        self._undoably(lambda _answer: self.resume(device), "driver_suspend", doing, device, device=device)
 
     def resume(self, device: Device) -> None:
         """Call `driver_resume`."""
-        self._call("driver_resume", self._doing("resume failed"), device, device=device)
+        self._surely("driver_resume", self._doing("resume failed"), device, device=device)
 
     def _doing(self, what: str) -> str:
         return f"driver {self.driver.name}: {what}"

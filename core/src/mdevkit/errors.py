@@ -83,7 +83,8 @@ def wrap(error: BaseException, doing: str, subject: Any = None) -> MdevError:
 class Guard:
     """A block that runs code of a plugin: what it raises leaves the block as `wrap` makes it.
 
-    SystemExit is the plugin's bug like any other exception; KeyboardInterrupt is the user's wish and passes.
+    SystemExit, asyncio's CancelledError and their like are the plugin's bug as any other exception is; only KeyboardInterrupt is
+    the user's wish and passes.
     """
 
     def __init__(self, doing: str, subject: Any = None) -> None:
@@ -96,7 +97,7 @@ class Guard:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, MdevError):
             wrap(error, self._doing, self._subject)  # gives it a subject; raised "from" itself it would be its own cause
-        elif isinstance(error, Exception | SystemExit):
+        elif error is not None and not isinstance(error, KeyboardInterrupt):
             raise wrap(error, self._doing, self._subject) from error
 
 

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 GROUPS: Final = ("mdevkit.parents", "mdevkit.buses", "mdevkit.drivers", "mdevkit.wrappers", "mdevkit.cli")
 PARENTS, BUSES, DRIVERS, WRAPPERS, CLI = GROUPS
 
+#: Stands for what a distribution's metadata does not say.
+_UNKNOWN: Final = "?"
 _DRIVER_LINE = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_.-]+)")
 
 
@@ -88,10 +90,7 @@ class Plugin:
         return self.status in {Status.INSTALLED, Status.LOADED}
 
     def _metadata(self, field: str) -> str:
-        try:
-            return (self.entry.dist.metadata[field] if self.entry.dist else None) or "?"
-        except (KeyError, OSError):  # what newer Pythons do where 3.11 returns None: an uninstallation that was cut short
-            return "?"
+        return _field(self.entry.dist, field) if self.entry.dist else _UNKNOWN
 
     def __str__(self) -> str:
         return f"plugin {self.name} of {self.distribution} {self.version}"
@@ -122,14 +121,26 @@ def _one_by_one() -> list[Plugin]:
     plugins: list[Plugin] = []
     seen: set[str] = set()
     for distribution in distributions():
-        name = _normal(distribution.metadata["Name"] or "")
-        if name not in seen:  # the first on the path hides the others
+        name = _normal(_field(distribution, "Name"))
+        if name not in seen or name == _UNKNOWN:  # the first on the path hides the others
             seen.add(name)
             try:
                 plugins.extend(Plugin(entry) for entry in distribution.entry_points if entry.group in GROUPS)
             except (TypeError, ValueError, OSError) as error:
                 plugins.extend(_damaged(distribution, error))
     return plugins
+
+
+def _field(distribution: Distribution, field: str) -> str:
+    """Return a field of a distribution's metadata, however damaged the rest is."""
+    try:
+        return distribution.metadata[field] or _UNKNOWN
+    except UnicodeDecodeError as error:  # somebody's name in Latin-1; the fields that are wanted here are ASCII
+        from email import message_from_bytes
+
+        return str(message_from_bytes(error.object)[field] or _UNKNOWN)
+    except (KeyError, ValueError, OSError):  # what newer Pythons do where 3.11 returns None: an uninstallation that was cut short
+        return _UNKNOWN
 
 
 def _damaged(distribution: Distribution, error: Exception) -> list[Plugin]:
@@ -279,7 +290,9 @@ def _import(plugin: Plugin) -> Callable[[], Any]:
 
     try:
         loader = Loader(plugin.group, on_load_failure_callback=lambda _manager, _entry, error: errors.append(error))
-    except (Exception, SystemExit) as error:  # noqa: BLE001  (a plugin's bug; stevedore lets an AssertionError through)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  (a plugin's bug; stevedore lets some through, an AssertionError for one)
         errors.append(error)
     if errors:
         raise plugin.fail(describe(errors[0])) from errors[0]
@@ -292,5 +305,7 @@ def _make(plugin: Plugin, factory: Any) -> Any:
         raise plugin.fail(f"{plugin.entry.value} is not callable; a factory is wanted")
     try:
         return factory()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise plugin.fail(f"{plugin.entry.value}() failed: {describe(error)}") from error

@@ -1,8 +1,9 @@
 """Devices that run in the foreground announce themselves, so that other commands find them.
 
 A note is a JSON file in the runtime folder that its process keeps locked; the lock ends with the process, however it ends, so a
-note without a lock is stale and whoever meets it removes it. The note tells how the device began; how it is now its process
-tells whoever connects to the socket beside the note, on a thread of its own: JSON, then the end of the stream.
+note without a lock is stale and whoever meets it removes it. A lock belongs to a file, and another file may be at the path by
+the time one has it: everybody looks, and no two listings remove a note at once. The note tells how the device began; how it is
+now its process tells whoever connects to the socket beside the note, on a thread of its own: JSON, then the end of the stream.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import logging
 import os
 import socket
 import threading
+import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
 from mdevkit.errors import MdevError
 from mdevkit.paths import runtime_dir
@@ -35,6 +37,8 @@ _UUID_LENGTH: Final = 36
 _SOCKET: Final = ".now"
 #: Seconds a process may take to tell of its device, and to end: one that stands still must not hold up everybody's listings.
 _PATIENCE: Final = 1.0
+#: Seconds in which those who list devices get round to letting go of a note.
+_GRACE: Final = 0.5
 
 
 @contextmanager
@@ -44,20 +48,50 @@ def announced(uuid: str, facts: Facts) -> Iterator[None]:
     EEXIST when a device of that UUID runs already; errors of `listen_at` for the runtime folder.
     """
     path = runtime_dir() / f"{uuid}.json"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "w") as note:
+    with _taken(path, uuid) as note:
         try:
-            fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MdevError(errno.EEXIST, f"a device {uuid} is running already", uuid) from None
-        try:
+            # What a killed process left in it is not about this device.
+            note.truncate()
             with _answering(str(path.with_suffix(_SOCKET)), facts):
-                note.truncate()
                 json.dump(facts(), note)
                 note.flush()
                 yield
         finally:
-            path.unlink(missing_ok=True)
+            if _is_at(path, note):
+                path.unlink(missing_ok=True)
+
+
+def _taken(path: Path, uuid: str) -> IO[str]:
+    """Return the note at `path`, made if need be and locked; EEXIST when a device's process has it.
+
+    Those who list devices lock a stale note too, for the moment in which they remove it, and do not tell it from one that has
+    just been made.
+    """
+    deadline = time.monotonic() + _GRACE
+    while True:
+        note = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), "w")
+        if _locked(note.fileno(), fcntl.LOCK_EX) and _is_at(path, note):
+            return note
+        note.close()
+        if time.monotonic() > deadline:
+            raise MdevError(errno.EEXIST, f"a device {uuid} is running already", uuid)
+        time.sleep(_GRACE / 50)
+
+
+def _locked(descriptor: int, how: int) -> bool:
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(path: Path, note: IO[str]) -> bool:
+    """Whether an open note is still the one at `path`."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(note.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -117,17 +151,27 @@ def _ask(note: Path, facts: dict[str, Any]) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         with path.open() as note:
-            try:
-                fcntl.flock(note, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
+            # Shared: those who list devices at the same time must not take each other for a device.
+            if not _locked(note.fileno(), fcntl.LOCK_SH):
                 facts: dict[str, Any] = json.load(note)
-                return facts
-            path.with_suffix(_SOCKET).unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+                return facts if _is_at(path, note) else None
+            _remove(path, note)
     except (FileNotFoundError, ValueError):
         # Its process ended, or has only begun, between our looking and our reading.
         pass
     return None
+
+
+def _remove(path: Path, note: IO[str]) -> None:
+    """Remove a stale note that we have locked, and its socket; not if another listing is at it, or has done it."""
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # While the note is at its path, nobody can make another one there, and whoever wants to take this one has to wait for us.
+        if _locked(folder, fcntl.LOCK_EX) and _is_at(path, note):
+            path.with_suffix(_SOCKET).unlink(missing_ok=True)
+            path.unlink()
+    finally:
+        os.close(folder)
 
 
 def find(prefix: str) -> dict[str, Any]:
