@@ -80,7 +80,7 @@ class Client:
         """Send one request and return the decoded answer, None when it has no body."""
         self._send(method, path, body, headers)
         status, fields = self._head()
-        return _result(status, self._body(fields))
+        return _result(status, self._body(fields), self.path)
 
     def events(self, after: int | None = None, timeout: float | None = None) -> Iterator[dict[str, Any]]:
         """Return events as they happen, from the one after `after` (the newest by default), until none comes for `timeout` seconds.
@@ -92,14 +92,14 @@ class Client:
         self._send("GET", "/v1/events" + ("?" + "&".join(query) if query else ""), None, {})
         status, fields = self._head()
         if status != 200:
-            _result(status, self._body(fields))
+            _result(status, self._body(fields), self.path)
         return self._lines()
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         pending = b""
         while chunk := self._chunk():
             *lines, pending = (pending + chunk).split(b"\n")
-            yield from (json.loads(line) for line in lines if line)
+            yield from (_decoded(line, self.path) for line in lines if line)
 
     def _send(self, method: str, path: str, body: Any, headers: dict[str, str]) -> None:
         payload = b"" if body is None else json.dumps(body).encode()
@@ -115,7 +115,7 @@ class Client:
     def _head(self) -> tuple[int, dict[str, str]]:
         head = self._until(b"\r\n\r\n").decode("latin-1").split("\r\n")
         words = head[0].split(" ", 2)
-        if len(words) < 2 or not words[0].startswith("HTTP/") or not words[1].isdigit():
+        if len(words) < 2 or not words[0].startswith("HTTP/") or not words[1].isdecimal():
             raise MdevError(errno.EPROTO, f"{self.path} does not speak HTTP", self.path)
         fields = dict(line.split(":", 1) for line in head[1:] if ":" in line)
         return int(words[1]), {name.lower(): value.strip() for name, value in fields.items()}
@@ -123,10 +123,19 @@ class Client:
     def _body(self, fields: dict[str, str]) -> bytes:
         if fields.get("transfer-encoding") == "chunked":
             return b"".join(iter(self._chunk, b""))
-        return self._exactly(int(fields.get("content-length", "0")))
+        return self._exactly(self._size(fields.get("content-length", "0"), 10))
+
+    def _size(self, text: str, base: int) -> int:
+        try:
+            size = int(text, base)
+        except ValueError:
+            size = -1
+        if size < 0:
+            raise MdevError(errno.EPROTO, f"{self.path} announces {text!r:.40} bytes", self.path)
+        return size
 
     def _chunk(self) -> bytes:
-        size = int(self._until(b"\r\n"), 16)
+        size = self._size(self._until(b"\r\n").decode("latin-1"), 16)
         data = self._exactly(size)
         self._until(b"\r\n")
         return data
@@ -153,13 +162,22 @@ class Client:
         self._buffer += data
 
 
-def _result(status: int, body: bytes) -> Any:
-    value = json.loads(body) if body else None
+def _result(status: int, body: bytes, path: str) -> Any:
+    value = _decoded(body, path) if body else None
     if status < 400:
         return value
     problem = value if isinstance(value, dict) else {}
     number = getattr(errno, str(problem.get("errno", "EIO")), errno.EIO)
+    if not isinstance(number, int):
+        number = errno.EIO
     raise MdevError(number, str(problem.get("detail") or f"the service answered {status}"))
+
+
+def _decoded(text: bytes, path: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise MdevError(errno.EPROTO, f"{path} answers with what is not JSON: {error}", path) from error
 
 
 def _connect(path: str, *, start: bool) -> socket.socket:

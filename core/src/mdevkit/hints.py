@@ -17,6 +17,8 @@ BUS_PACKAGES: Final = {
     "virtio": "mdevkit-virtio",
     "vdev": "mdevkit-vdev",
 }
+#: Buses whose devices want drivers of their kind: what brings the bus drives some of them only.
+_MANY_KINDS: Final = {"virtio"}
 
 #: Distributions with parents, and what they bring.
 PARENT_PACKAGES: Final = {
@@ -35,7 +37,8 @@ def _install(bus: str) -> str:
 
 def missing_driver(device: Device, refused: MdevError | None = None) -> MdevError:
     """Return the error for a device no driver matches; `refused` says why an installed one cannot be used."""
-    return _missing(f"{device}: no driver for {device.modalias}", "is installed", device.bus, device, refused)
+    bus = device.bus if device.bus not in _MANY_KINDS else ""
+    return _missing(f"{device}: no driver for {device.modalias}", "is installed", bus, device, refused)
 
 
 def missing_bus(bus: str, wanted_by: object, refused: MdevError | None = None) -> MdevError:

@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import socket
+import stat
 from dataclasses import asdict, dataclass
 from typing import Final, Self
 
@@ -30,6 +31,8 @@ LOOK: Final = b"\n"
 MOST_PIXELS: Final = 32768
 #: Bytes a row may take; a u16 of pixels in the registers of the cards we know.
 _LONGEST_ROW: Final = 1 << 20
+#: Bytes a picture may take, twice what one of 7680 times 4320 pixels does.
+_LARGEST: Final = 1 << 28
 #: Seconds a device gets to answer.
 _LIMIT: Final = 10.0
 _LONGEST_LINE: Final = 4096
@@ -107,13 +110,10 @@ class Screen:
             frame = self._frame(line)
             if len(fds) != 1:
                 raise self._nonsense(f"{len(fds)} descriptors")
-            data = _read(fds[0], frame)
+            return Picture(frame, self._read(fds[0], frame))
         finally:
             for fd in fds:
                 os.close(fd)
-        if len(data) < frame.size:
-            raise self._nonsense(f"{len(data)} bytes for {frame}")
-        return Picture(frame, data)
 
     def _ask(self) -> tuple[bytes, list[int]]:
         line, fds = b"", list[int]()
@@ -136,20 +136,52 @@ class Screen:
     def _frame(self, line: bytes) -> Frame:
         try:
             facts = json.loads(line)
+            if not isinstance(facts, dict):
+                raise TypeError(facts)
             if "error" in facts:
-                raise MdevError(int(facts["errno"]), str(facts["error"]), self.path)
+                raise self._refusal(**facts)
             frame = Frame(**facts)
-            sane = 0 < frame.width <= MOST_PIXELS and 0 < frame.height <= MOST_PIXELS and frame.offset >= 0
-            if not sane or not frame.width * PIXEL_SIZE <= frame.stride <= _LONGEST_ROW:
-                raise self._nonsense(f"{frame}")
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise self._nonsense(shown(line)) from error
+        if not _sane(frame):
+            raise self._nonsense(f"{frame}")
         if frame.format != XRGB8888:
             raise MdevError(errno.EOPNOTSUPP, f"the display at {self.path} has pixels of format {frame.format!r}", self.path)
         return frame
 
+    def _refusal(self, errno: object = None, error: object = None) -> MdevError:
+        # A file system's errno fits into 12 bits, as in Linux's IS_ERR().
+        if type(errno) is int and 0 < errno < 4096 and isinstance(error, str):
+            return MdevError(errno, error, self.path)
+        return self._nonsense(f"the error {shown(str(errno))}: {shown(str(error))}")
+
+    def _read(self, fd: int, frame: Frame) -> bytes:
+        """Read the picture; nothing is allocated for one that is not there."""
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise self._nonsense("its memory is no file")
+            found = max(0, min(frame.size, status.st_size - frame.offset))
+            data = _read(fd, frame) if found == frame.size else b""
+        except MdevError:
+            raise
+        except OSError as error:
+            raise self._nonsense(f"its memory cannot be read: {error.strerror}") from error
+        if len(data) < frame.size:
+            raise self._nonsense(f"{len(data) or found} bytes for {frame}")
+        return data
+
     def _nonsense(self, what: str) -> MdevError:
         return MdevError(errno.EPROTO, f"{self.path} gives no picture: {what}", self.path)
+
+
+def _sane(frame: Frame) -> bool:
+    numbers = (frame.width, frame.height, frame.stride, frame.offset)
+    if not all(type(number) is int for number in numbers) or not isinstance(frame.format, str):
+        return False
+    if not 0 < frame.width <= MOST_PIXELS or not 0 < frame.height <= MOST_PIXELS or not 0 <= frame.offset < 1 << 62:
+        return False
+    return frame.width * PIXEL_SIZE <= frame.stride <= _LONGEST_ROW and frame.size <= _LARGEST
 
 
 def _read(fd: int, frame: Frame) -> bytes:

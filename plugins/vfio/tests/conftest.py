@@ -223,7 +223,7 @@ class Wire:
         header, payload, received = self.receive()
         assert header.id == self.id
         assert header.command == command
-        assert header.is_reply
+        assert header.flags & proto.TYPE_MASK == proto.TYPE_REPLY
         return header, payload, received
 
     def ask(self, command, payload=b"", fds=()):

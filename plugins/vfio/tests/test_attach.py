@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -19,13 +20,24 @@ class Mapper(PciDevice):
     shared_memory = True
 
 
+class Broken(PciDevice):
+    """Cannot say whether it maps the guest's memory."""
+
+    @property
+    def shared_memory(self):
+        raise RuntimeError("a bug of the vendor's")
+
+
+KINDS = {"plain": PciDevice, "mapper": Mapper, "broken": Broken}
+
+
 class Card(ParentOps):
     name = "card"
-    types = (MdevType("plain", "mdev", "vfio-pci"), MdevType("mapper", "mdev", "vfio-pci"))
+    types = tuple(MdevType(group, "mdev", "vfio-pci") for group in KINDS)
 
     @hookimpl
     def parent_create(self, mdev, params):
-        make = Mapper if mdev.type.group == "mapper" else PciDevice
+        make = KINDS[mdev.type.group]
         VfioMdev.from_device(mdev).set_ops(make(PciIds(vendor=1, device=2, class_code=0), {0: Bar(4096)}, interrupt_pin=1))
 
     @hookimpl
@@ -77,3 +89,10 @@ def test_dpdk_has_no_vfio_user(attach):
     with pytest.raises(MdevError, match="dpdk cannot use a vfio-user device") as caught:
         attach("mapper", "dpdk")
     assert caught.value.errno == errno.EOPNOTSUPP
+
+
+def test_a_device_that_cannot_say_what_it_needs_is_not_served(registry, tmp_path, no_leaks):
+    with pytest.raises(MdevError, match="a bug of the vendor's"):
+        registry.create("card-broken", endpoint_path=str(tmp_path / "s"))
+    assert list(tmp_path.iterdir()) == []
+    assert not [thread.name for thread in threading.enumerate() if thread.name.endswith("accept")]

@@ -1,6 +1,8 @@
 """Our client against our server and a real PCI device: everything a hypervisor does, from the other side."""
 
+import contextlib
 import errno
+import itertools
 import os
 import socket
 import struct
@@ -10,7 +12,7 @@ import time
 import pytest
 from mdevkit.errors import MdevError
 from mdevkit_vfio import proto
-from mdevkit_vfio.client import GuestMemory, VfioUserClient, migrate
+from mdevkit_vfio.client import Channel, GuestMemory, VfioUserClient, migrate
 from mdevkit_vfio.ops import SparseArea
 from mdevkit_vfio.proto import Command
 from mdevkit_vfio.uapi import FEATURE_GET, FEATURE_SET, Feature, Irq, IrqFlag, IrqSet, MigrationFlag, MigrationState, Region
@@ -493,3 +495,28 @@ def test_a_device_that_takes_too_long_is_a_time_out(serve, recorder):
         assert time.monotonic() - began < 2
         leave.set()
         assert client.region(Region.BAR0).read(0, 4) == bytes(range(4))
+
+
+def test_a_reply_that_comes_after_the_time_out_is_not_the_next_requests(no_leaks, eventfd, monkeypatch):
+    """It comes when the time is over, and before the request is forgotten: another thread reads then."""
+    ours, server = socket.socketpair()
+    with contextlib.closing(Channel(ours, 0.05)) as channel, server:
+        wait = channel._await
+
+        def wait_in_vain(ident):
+            with pytest.raises(MdevError, match="no reply within") as caught:
+                wait(ident)
+            header, _ = receive(server)
+            socket.send_fds(server, [proto.reply(header.id, header.command, b"late")], [eventfd()])
+            channel._read()
+            raise caught.value
+
+        monkeypatch.setattr(channel, "_ids", itertools.count(7))
+        monkeypatch.setattr(channel, "_await", wait_in_vain)
+        with pytest.raises(MdevError, match="no reply within"):
+            channel.request(Command.DEVICE_RESET)
+        assert not channel._replies
+        monkeypatch.setattr(channel, "_ids", itertools.count(7))
+        monkeypatch.setattr(channel, "_await", wait)
+        with pytest.raises(MdevError, match="no reply within"):
+            channel.request(Command.DEVICE_RESET)

@@ -6,15 +6,20 @@ import errno
 import fcntl
 import mmap
 import os
+import signal
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from mdevkit.errors import MdevError
+from mdevkit_vfio import descriptors
 from mdevkit_vfio.dma import MAX_DESCRIPTORS, MAX_MAPS, Dma, _Piece, _write_mapped
 from mdevkit_vfio.ops import DmaRegion
 
@@ -155,8 +160,8 @@ def test_a_file_the_client_opened_read_only_cannot_be_written(dma: Dma) -> None:
     fd = memory_file(PAGE)
     dma.map(region(0, PAGE, os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)))
     os.close(fd)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        dma.write(0, b"x")
+    sentence = "the memory behind DMA address 0x0 cannot be written: Bad file descriptor"
+    assert refused(dma.write, 0, b"x") == (errno.EBADF, sentence)
     assert dma.read(0, 1) == b"\0"
 
 
@@ -269,11 +274,136 @@ def test_sealed_memory(dma: Dma, seal: int) -> None:
     dma.map(region(0, PAGE, fd))
     assert dma.read(0, 4) == bytes(4)
     if seal == fcntl.F_SEAL_WRITE:
-        with pytest.raises(PermissionError):
-            dma.write(0, b"x")
+        sentence = "the memory behind DMA address 0x0 cannot be written: Operation not permitted"
+        assert refused(dma.write, 0, b"x") == (errno.EPERM, sentence)
     else:
         dma.write(0, b"xyz")
         assert dma.read(0, 3) == b"xyz"
+
+
+@pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_DIRECTORY])
+def test_what_a_file_system_answers_to_a_read_is_told(dma: Dma, tmp_path: Path, flags: int) -> None:
+    fd = memory_file(PAGE)
+    dma.map(region(0, PAGE, os.open(tmp_path if flags == os.O_DIRECTORY else f"/proc/self/fd/{fd}", flags)))
+    os.close(fd)
+    number, sentence = refused(dma.read, 0, 1)
+    assert number == (errno.EISDIR if flags == os.O_DIRECTORY else errno.EBADF)
+    assert sentence.startswith("the memory behind DMA address 0x0 cannot be read: ")
+
+
+class TestTheClientsFileDescription:
+    """SCM_RIGHTS shares it, so the client can change its flags."""
+
+    @pytest.fixture
+    def fd(self) -> Iterator[int]:
+        fd = memory_file(2 * PAGE)
+        yield fd
+        os.close(fd)
+
+    @pytest.fixture
+    def denied(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What a client's `fchmod(fd, 0)` does to all but root."""
+
+        def deny(*arguments: object) -> int:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+        monkeypatch.setattr(descriptors, "os", SimpleNamespace(**{**vars(os), "open": deny}))
+
+    def append(self, fd: int) -> None:
+        fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND)
+
+    def check_writes(self, dma: Dma, fd: int) -> None:
+        for _ in range(10):
+            dma.write(PAGE - 2, b"abcd")
+        assert os.fstat(fd).st_size == 2 * PAGE, "a write does not make the file grow"
+        assert os.pread(fd, 4, PAGE - 2) == dma.read(PAGE - 2, 4) == b"abcd"
+
+    def test_it_may_append_before(self, dma: Dma, fd: int) -> None:
+        self.append(fd)
+        dma.map(region(0, 2 * PAGE, os.dup(fd)))
+        self.check_writes(dma, fd)
+
+    def test_it_may_append_afterwards(self, dma: Dma, fd: int) -> None:
+        dma.map(region(0, 2 * PAGE, os.dup(fd)))
+        self.append(fd)
+        self.check_writes(dma, fd)
+
+    @pytest.mark.usefixtures("denied")
+    def test_it_may_append_afterwards_even_if_it_is_all_there_is(self, dma: Dma, fd: int) -> None:
+        dma.map(region(0, 2 * PAGE, os.dup(fd)))
+        self.append(fd)
+        self.check_writes(dma, fd)
+
+    @pytest.mark.usefixtures("denied")
+    def test_one_that_appends_and_is_all_there_is_is_refused(self, dma: Dma, fd: int) -> None:
+        self.append(fd)
+        number, sentence = refused(dma.map, region(0, PAGE, fd))
+        assert number == errno.EINVAL
+        assert sentence.endswith("is open for appending (O_APPEND), and cannot be opened again")
+        assert (dma.maps, dma.descriptors) == (0, 0)
+        dma.map(region(0, PAGE, os.dup(fd), access="r"))
+        assert dma.read(0, 1) == b"\0"
+
+    @pytest.mark.usefixtures("denied")
+    def test_writes_end_where_the_file_does(self, dma: Dma, fd: int) -> None:
+        dma.map(region(0, 2 * PAGE, os.dup(fd)))
+        os.ftruncate(fd, PAGE + 10)
+        dma.write(PAGE + 2, b"12345678")
+        assert refused(dma.write, PAGE + 3, b"12345678")[0] == errno.EFAULT
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+        assert refused(dma.write, 0, b"x")[0] == errno.EPERM
+
+    def test_a_number_that_is_used_again_is_another_file(
+        self, dma: Dma, fd: int, denied: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dma.map(region(0, PAGE, os.dup(fd)))
+        assert dma._foreign
+        dma.unmap(0, PAGE)
+        assert not dma._foreign
+        monkeypatch.undo()
+        dma.map(region(0, PAGE, os.dup(fd)))
+        assert not dma._foreign
+
+    @pytest.mark.parametrize(
+        ("given", "access", "kept"),
+        [
+            (os.O_RDWR, "rw", os.O_RDWR),
+            (os.O_RDWR, "w", os.O_RDWR),
+            (os.O_RDWR, "r", os.O_RDONLY),
+            (os.O_RDONLY, "rw", os.O_RDONLY),
+            (os.O_WRONLY, "w", os.O_WRONLY),
+        ],
+    )
+    def test_ours_has_no_more_rights_than_are_needed_and_were_given(
+        self, dma: Dma, fd: int, given: int, access: str, kept: int
+    ) -> None:
+        number = os.open(f"/proc/self/fd/{fd}", given)
+        dma.map(region(0, PAGE, number, access=access))
+        assert fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == kept
+        assert not os.get_inheritable(number)
+        assert os.path.sameopenfile(number, fd)
+
+    def test_a_lease_on_the_file_keeps_nobody_waiting(self, dma: Dma) -> None:
+        """Who opens the file has to wait until its holder gives way."""
+        before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+        with tempfile.TemporaryFile(dir="/dev/shm") as file:
+            file.truncate(2 * PAGE)
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            began = time.monotonic()
+            dma.map(region(0, 2 * PAGE, os.dup(file.fileno())))
+            assert time.monotonic() - began < 2
+            self.append(file.fileno())
+            self.check_writes(dma, file.fileno())
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        signal.signal(signal.SIGIO, before)
+
+    def test_what_is_no_memory_is_left_as_it_is(self, dma: Dma) -> None:
+        end, other = os.pipe()
+        dma.map(region(0, PAGE, os.dup(end)))
+        os.set_blocking(end, False)
+        assert not os.get_blocking(dma._regions[0].fd), "it is the same description still"
+        os.close(end)
+        os.close(other)
 
 
 def test_holes_read_as_zeros(dma: Dma) -> None:

@@ -14,6 +14,7 @@ import tempfile
 import textwrap
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,23 @@ def test_memory_that_cannot_be_written_is_an_error_and_no_more(serve, make_card)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
         assert copy(client, 0, 0x1000, 16) == errno.EPERM
     os.close(fd)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_memory_opened_for_appending_does_not_grow(serve, make_card, memfd, when):
+    fd = memfd(0x2000)
+    os.pwrite(fd, b"guest", 0)
+    append = partial(fcntl.fcntl, fd, fcntl.F_SETFL, os.O_APPEND)
+    with VfioUserClient.connect(serve(make_card()).path) as client:
+        if when == "before":
+            append()
+        client.call(Command.DMA_MAP, dma_map(0, 0x2000), [fd])
+        if when == "after":
+            append()
+        for _ in range(3):
+            assert copy(client, 0, 0x1000, 5) == 0
+    assert os.pread(fd, 5, 0x1000) == b"guest"
+    assert os.fstat(fd).st_size == 0x2000
 
 
 def test_a_file_of_ours_cannot_be_cut_off(serve, make_card):

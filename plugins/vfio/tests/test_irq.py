@@ -502,6 +502,61 @@ def test_a_bad_descriptor_takes_the_others_with_it(rig: Rig) -> None:
     assert not last.held()
 
 
+# -- eventfds that are replaced -------------------------------------------------------------------------------------
+
+EVERY = [(Irq.INTX, 0), (Irq.MSI, 2), (Irq.MSIX, 7), (Irq.ERR, 0), (Irq.REQ, 0)]
+
+
+@pytest.mark.parametrize(("index", "number"), EVERY)
+def test_a_client_that_arms_and_triggers_without_end_is_not_remembered(rig: Rig, index: Irq, number: int) -> None:
+    for _ in range(50):
+        line = rig.arm(index, number)
+        rig.set(NONE | TRIGGER, index, number)
+        assert line.count() == 1
+    assert len(rig.irqs._posted) == 1
+    rig.disable(index)
+    assert not rig.irqs._posted
+
+
+@pytest.mark.parametrize("swap", ["replace", "de-assign", "disable"])
+@pytest.mark.parametrize(("index", "number"), EVERY)
+def test_what_is_owed_to_a_replaced_eventfd_is_dropped(index: Irq, number: int, swap: str) -> None:
+    rig = Rig()
+    rig.irqs = Interrupts(lambda trigger: None, pins=1, msi=4, msix=8)
+    nothing = len(rig.irqs.save())
+    rig.arm(index, number)
+    rig.set(NONE | TRIGGER, index, number)
+    owed = len(rig.irqs.save())
+    assert owed > nothing
+    if swap == "replace":
+        rig.arm(index, number)
+    elif swap == "de-assign":
+        rig.set(EVENTFD | TRIGGER, index, number, fds=[-1])
+    else:
+        rig.disable(index)
+    assert len(rig.irqs.save()) == nothing
+    if swap == "replace":
+        rig.set(NONE | TRIGGER, index, number)
+        assert len(rig.irqs.save()) == owed, "the new one is owed what was sent since"
+    rig.close()
+
+
+def test_what_is_owed_to_the_others_is_kept() -> None:
+    rig = Rig()
+    rig.irqs = Interrupts(lambda trigger: None, pins=1, msi=4, msix=8)
+    rig.arm(Irq.MSIX, 1)
+    rig.arm(Irq.MSIX, 2)
+    rig.set(NONE | TRIGGER, Irq.MSIX, 1, 2)
+    rig.arm(Irq.MSIX, 2)
+    state = rig.irqs.save()
+    rig.close()
+    other = Rig()
+    first, second = other.arm(Irq.MSIX, 1), other.arm(Irq.MSIX, 2)
+    other.irqs.load(state)
+    assert (first.count(), second.count()) == (1, 0)
+    other.close()
+
+
 # -- life cycle -----------------------------------------------------------------------------------------------------
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import select
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mdevkit_vfio.ops import IrqRequest
+from mdevkit_vfio.ops import IrqRequest, PowerManaged
 from mdevkit_vfio.pci import PciDevice
 from mdevkit_vfio.uapi import Irq, IrqSet, MigrationState
 
@@ -21,7 +22,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "pci-kit.md"
 def example() -> dict[str, Any]:
     """The names the page's blocks define, executed in order in one module."""
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict[str, Any] = {"__name__": "pci_kit_example"}
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
@@ -68,6 +69,92 @@ def test_a_job_goes_on_in_the_process_that_follows(example: dict[str, Any]) -> N
     _fails_as_it_must(target, example)
     source.release()
     target.release()
+
+
+class Alarm:
+    """The page's card that does something by itself, and its interrupt."""
+
+    def __init__(self, example: dict[str, Any]) -> None:
+        self.card = example["AlarmCard"]()
+        self.card.open(example["NoMessages"]())
+        self.interrupt = os.eventfd(0, os.EFD_NONBLOCK)
+        arm = IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER
+        self.card.set_irqs(IrqRequest(arm, Irq.MSI, 0, 1, fds=[os.dup(self.interrupt)]))
+
+    def set(self, milliseconds: int) -> None:
+        self.card.write(0, 0, milliseconds.to_bytes(4, "little"))
+
+    def fires(self, seconds: float = 5) -> bool:
+        return bool(select.select([self.interrupt], [], [], seconds)[0]) and os.eventfd_read(self.interrupt) == 1
+
+    def close(self) -> None:
+        self.card.release()
+        os.close(self.interrupt)
+
+
+@pytest.fixture
+def alarms(example: dict[str, Any], no_leaks: object) -> Iterator[Callable[[], Alarm]]:
+    made: list[Alarm] = []
+
+    def make() -> Alarm:
+        made.append(Alarm(example))
+        return made[-1]
+
+    yield make
+    for alarm in made:
+        alarm.close()
+
+
+def test_the_alarm_fires(alarms: Callable[[], Alarm]) -> None:
+    alarm = alarms()
+    alarm.set(20)
+    assert alarm.fires()
+    assert alarm.card.read(0, 4, 4) == b"\1\0\0\0"
+    alarm.set(50)
+    alarm.set(0)
+    assert not alarm.fires(0.2), "it was called off"
+
+
+def test_the_alarm_stands_still_while_it_is_suspended_or_migrates(alarms: Callable[[], Alarm]) -> None:
+    alarm = alarms()
+    assert isinstance(alarm.card, PowerManaged)
+    alarm.set(100)
+    alarm.card.suspend()
+    alarm.card.migration.set_state(MigrationState.STOP)
+    assert not alarm.fires(0.3)
+    alarm.card.resume()
+    assert not alarm.fires(0.3), "migration still holds it"
+    alarm.card.migration.set_state(MigrationState.RUNNING)
+    assert alarm.fires()
+
+
+def test_the_alarm_fires_where_it_has_migrated_to(alarms: Callable[[], Alarm]) -> None:
+    source, target = alarms(), alarms()
+    source.set(100)
+    source.card.migration.set_state(MigrationState.STOP_COPY)
+    target.card.migration.set_state(MigrationState.RESUMING)
+    target.card.migration.write(source.card.migration.read(100))
+    target.card.migration.set_state(MigrationState.RUNNING)
+    assert target.fires()
+    assert not source.fires(0.2)
+
+
+@pytest.mark.parametrize("halted", [False, True])
+def test_the_alarm_fires_in_the_process_that_follows(alarms: Callable[[], Alarm], halted: bool) -> None:
+    source, target = alarms(), alarms()
+    source.set(100)
+    if halted:
+        source.card.migration.set_state(MigrationState.STOP)
+    with source.card.lock:
+        state = source.card.checkpoint()
+    time.sleep(0.2)  # nobody counts while there is no process
+    began = time.monotonic()
+    target.card.restore(state)
+    if halted:
+        assert not target.fires(0.2)
+        target.card.migration.set_state(MigrationState.RUNNING)
+    assert target.fires()
+    assert halted or time.monotonic() - began < 0.09, "it was due already"
 
 
 def _fails_as_it_must(card: Any, example: dict[str, Any]) -> None:

@@ -177,7 +177,7 @@ def test_latencies_are_those_of_the_wire(lab):
     ("facts", "number", "text"),
     [
         ({"kind": None}, errno.ENODEV, f"device {UUID} is bound to no driver; try: mdevkit bind {UUID}"),
-        ({"kind": "virtio", "error": "virtio0 has no driver"}, errno.ENODEV, "is no network device yet: virtio0 has no driver"),
+        ({"kind": "virtio", "error": "virtio0 has no driver"}, errno.ENODEV, "has no network interface: virtio0 has no driver"),
         ({"kind": "vfio-user", "type": "mtty-2"}, errno.EOPNOTSUPP, r"is no virtio network device but mtty-2 \(vfio-user\)"),
         ({"kind": "netdev", "client": "pid 9 (qemu)"}, errno.EBUSY, r"is in use by pid 9 \(qemu\)"),
         ({"kind": "netdev", "socket": "/no/such.sock"}, errno.ENODEV, "is gone: its socket /no/such.sock does not exist"),

@@ -4,6 +4,10 @@ Access goes through the map's descriptor with pread(2) and pwrite(2), never thro
 the client's, who may truncate it at any time, and then a load would be SIGBUS where pread merely comes back short. Ranges
 without a descriptor are reached by messages to the client.
 
+The open file description that came is the client's too, who may set O_APPEND on it at any time, and then each pwrite would make
+the file grow. So a map gets a description of its own; where the client's file cannot be opened again, writes take the way of
+hugetlbfs, which has no pwrite: the kernel copies into a mapping.
+
 Any thread may call in. One lock guards the table and the accesses through descriptors, which is what makes the promise of
 `unmap` true: no access after it has returned. Messages are exchanged without the lock, since the reply may arrive on the
 very thread that has an unmap to process.
@@ -20,10 +24,12 @@ from typing import Final, NamedTuple
 
 from mdevkit.errors import MdevError, wrap
 
+from mdevkit_vfio.descriptors import check_no_append, is_memory, take_over
 from mdevkit_vfio.ops import DmaRegion, DmaTransport
 from mdevkit_vfio.proto import MAX_DMA_MAPS
 
-#: Bounds on what one client may make a device hold, whoever calls its ops. A server counts eventfds as well (`grants`).
+#: Bounds on the maps one client may make a device hold, whoever calls its ops: each map with a descriptor is one of the latter. A
+#: server lets a client give that many descriptors in all, for maps and interrupts together (`grants`).
 MAX_MAPS: Final = MAX_DMA_MAPS
 MAX_DESCRIPTORS: Final = 256
 
@@ -54,6 +60,8 @@ class Dma:
         self._starts: list[int] = []
         self._regions: list[DmaRegion] = []
         self._descriptors = 0
+        # Descriptors whose open file description is still the client's as well, so that pwrite cannot be relied on.
+        self._foreign: set[int] = set()
 
     # -- the device's accesses --------------------------------------------------------------------------------------
 
@@ -62,7 +70,7 @@ class Dma:
 
         EFAULT outside the maps, or where the client has truncated its memory; EACCES where the client let the device only
         write. Where no descriptor is shared this waits for the client (`DmaTransport.dma_read`): ENOTCONN, ETIMEDOUT, or
-        EDEADLK inside a region access.
+        EDEADLK inside a region access. What else its file system answers is an `MdevError` with that errno.
         """
         if count < 0:
             raise ValueError(f"a DMA read of {count} bytes")
@@ -81,7 +89,8 @@ class Dma:
     def write(self, iova: int, data: bytes | bytearray | memoryview) -> None:
         """Write `data` to guest memory at address `iova`; errors as `read`, EACCES where the device may only read.
 
-        ENOMEM where memory of huge pages can be had no more. Nothing is written unless every byte lies in a map that allows it.
+        EPERM where the client has sealed its memory since, ENOMEM where memory of huge pages can be had no more. Nothing is written
+        unless every byte lies in a map that allows it.
         """
         view = memoryview(data).cast("B")
         messages: list[tuple[_Piece, bytes]] = []
@@ -89,10 +98,12 @@ class Dma:
             for piece in self._plan(iova, len(view), write=True):
                 start = piece.iova - iova
                 part = view[start : start + piece.length]
-                if piece.region.fd >= 0:
-                    _pwrite(piece, part)
-                else:
+                if piece.region.fd < 0:
                     messages.append((piece, bytes(part)))
+                elif piece.region.fd in self._foreign:
+                    _write_mapped(piece, part)
+                else:
+                    _pwrite(piece, part)
             transport = self._transport
         for piece, chunk in messages:
             _by_message(transport, piece).dma_write(piece.iova, chunk)
@@ -118,10 +129,10 @@ class Dma:
     # -- the client's requests --------------------------------------------------------------------------------------
 
     def map(self, region: DmaRegion) -> None:
-        """DMA_MAP; owns ``region.fd`` unless this raises.
+        """DMA_MAP; owns ``region.fd`` unless this raises, and gives that number an open file description that nobody shares.
 
-        EINVAL for an empty range or one beyond 64 bits, EEXIST for one that overlaps another, ENOSPC beyond `MAX_MAPS` maps,
-        EMFILE beyond `MAX_DESCRIPTORS` descriptors.
+        EINVAL for an empty range, one beyond 64 bits, or a file for appending that cannot be opened again; EEXIST for a range that
+        overlaps another, ENOSPC beyond `MAX_MAPS` maps, EMFILE beyond `MAX_DESCRIPTORS` descriptors.
         """
         end = region.iova + region.size
         beyond_file = region.fd >= 0 and (region.offset < 0 or region.offset + region.size > _FILE_LIMIT)
@@ -130,6 +141,8 @@ class Dma:
         with self._lock:
             index = bisect_right(self._starts, region.iova)
             self._check_room(region, index, end)
+            if region.fd >= 0 and is_memory(region.fd):
+                self._take_over(region)
             self._starts.insert(index, region.iova)
             self._regions.insert(index, region)
             self._descriptors += region.fd >= 0
@@ -145,6 +158,11 @@ class Dma:
             raise MdevError(errno.ENOSPC, f"the client has {MAX_MAPS} DMA maps already, the most a device takes")
         if region.fd >= 0 and self._descriptors >= MAX_DESCRIPTORS:
             raise MdevError(errno.EMFILE, f"the client has {MAX_DESCRIPTORS} DMA maps with a descriptor, the most a device takes")
+
+    def _take_over(self, region: DmaRegion) -> None:
+        if not take_over(region.fd, writable=region.writable) and region.writable:
+            check_no_append(region.fd)
+            self._foreign.add(region.fd)
 
     def unmap(self, iova: int, size: int) -> None:
         """DMA_UNMAP of exactly one earlier map, else ENOENT. No access to it through its descriptor after the return."""
@@ -165,6 +183,7 @@ class Dma:
     def _forget(self, region: DmaRegion) -> None:
         if region.fd >= 0:
             self._descriptors -= 1
+            self._foreign.discard(region.fd)
             os.close(region.fd)
 
     def attach(self, transport: DmaTransport) -> None:
@@ -190,17 +209,20 @@ class Dma:
 
 
 def _pread(piece: _Piece) -> bytes:
-    data = os.pread(piece.region.fd, piece.length, piece.position)
-    if len(data) == piece.length:
-        return data
-    parts = [data]
-    got = len(data)
-    while got < piece.length:
-        data = os.pread(piece.region.fd, piece.length - got, piece.position + got)
-        if not data:
-            raise _truncated(piece)
-        parts.append(data)
-        got += len(data)
+    try:
+        data = os.pread(piece.region.fd, piece.length, piece.position)
+        if len(data) == piece.length:
+            return data
+        parts = [data]
+        got = len(data)
+        while data and got < piece.length:
+            data = os.pread(piece.region.fd, piece.length - got, piece.position + got)
+            parts.append(data)
+            got += len(data)
+    except OSError as error:
+        raise wrap(error, f"the memory behind DMA address {piece.iova:#x} cannot be read") from error
+    if got < piece.length:
+        raise _truncated(piece)
     return b"".join(parts)
 
 
@@ -214,7 +236,7 @@ def _pwrite(piece: _Piece, data: memoryview) -> None:
             done += os.pwrite(piece.region.fd, data[done:], piece.position + done)
     except OSError as error:
         if error.errno != errno.EINVAL:
-            raise
+            raise wrap(error, f"the memory behind DMA address {piece.iova:#x} cannot be written") from error
         # hugetlbfs has no write(2) (fs/hugetlbfs/inode.c, hugetlbfs_file_operations).
         _write_mapped(piece, data)
 
@@ -225,10 +247,14 @@ def _write_mapped(piece: _Piece, data: memoryview) -> None:
     It is the kernel that copies, out of a file of ours: where the client's is cut off it stops, and a store would be SIGBUS.
     """
     file = piece.region.fd
-    # Mappings begin and end at whole pages of the file.
-    page = os.fstat(file).st_blksize
+    state = os.fstat(file)
+    if state.st_size < piece.position + piece.length:
+        raise _truncated(piece)
+    # Mappings begin and end at whole pages of the file, or at its end.
+    page = state.st_blksize
     before = piece.position % page
     whole = -(-(before + piece.length) // page) * page
+    whole = min(whole, state.st_size - (piece.position - before))
     try:
         with (
             os.fdopen(os.memfd_create("dma"), "w+b", buffering=0) as source,

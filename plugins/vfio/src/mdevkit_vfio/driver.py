@@ -82,10 +82,12 @@ class VfioMdevDriver(Driver):
         """
         mdev = VfioMdev.from_device(device)
         path = Path(mdev.endpoint_path or runtime_dir() / f"{mdev.name}.sock")
+        ops = mdev.get_ops()
+        # This may run code of the vendor's, which may raise: so it comes before there is anything to undo.
+        shared_memory = isinstance(ops, SharedMemory) and ops.shared_memory
         server = self._transport(mdev, path)
         server.start()
-        ops = mdev.get_ops()
-        return VfioUserEndpoint(server, shared_memory=isinstance(ops, SharedMemory) and ops.shared_memory)
+        return VfioUserEndpoint(server, shared_memory=shared_memory)
 
     def _transport(self, mdev: VfioMdev, path: Path) -> Transport:
         """Choose how the device is served: through a front where there are fronts and the device can go on in another process."""

@@ -4,6 +4,9 @@ Descriptors belong to the device once it has taken them. Of every eventfd a dupl
 eventfd until a write of ours blocks, perhaps on the very thread that serves it, and then somebody else must be able to
 empty it.
 
+What is counted is what the client has given, `MAX_DESCRIPTORS` (256) for maps and eventfds together. With the duplicates they are
+up to twice as many of this process's descriptors, and those of one message more while it is dealt with.
+
 Threads: `drain` from any, the rest from the connection's.
 """
 
@@ -38,7 +41,7 @@ class Grants:
 
     @property
     def descriptors(self) -> int:
-        """How many descriptors of the client's are held."""
+        """How many descriptors the client has given that are held; the duplicates of eventfds are not counted."""
         return len(self._eventfds) + sum(self._maps.values())
 
     def check_map(self, shared: bool) -> None:

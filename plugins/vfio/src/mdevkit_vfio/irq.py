@@ -304,7 +304,7 @@ class Interrupts:
         self.msi: Final = Vectors(msi, self._post)
         self.msix: Final = Vectors(msix, self._post)
         self._has_messages: Final = bool(msi or msix)
-        #: Triggers that were posted and perhaps not signalled yet, the others not having been looked at.
+        #: Armed triggers that were posted and perhaps not signalled yet, the others not having been looked at.
         self._posted: Final[set[Trigger]] = set()
         self._single: Final[dict[int, Trigger | None]] = {Irq.ERR: None, Irq.REQ: None}
         # The vector that stands in for the pin while messages are active; None until `set_cause` is used.
@@ -349,12 +349,15 @@ class Interrupts:
         try:
             flags = int(request.flags)
             self._check(request, flags, triggers)
-            return self._dispatch(request, flags, triggers)
+            retired = self._dispatch(request, flags, triggers)
         except BaseException:
             for trigger in triggers:
                 if trigger is not None:
                     trigger.close()
             raise
+        # What is about to be closed is owed nothing any more, and a client may re-arm without end.
+        self._posted.difference_update(retired)
+        return retired
 
     def _check(self, request: IrqRequest, flags: int, triggers: list[Trigger | None]) -> None:
         count = self.info(request.index).count

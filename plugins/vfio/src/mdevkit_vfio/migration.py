@@ -94,8 +94,8 @@ class Migration:
 
     `stop` and `resume` are told when the device must stand still (no interrupts, no DMA, no change of state) and when it
     goes on, as it does after `load`, here or in the process that follows one that has died: what the state says is under way is
-    to be begun again. `quiesce` and `unquiesce`, for P2P, when it must not start DMA. `lock` is held around all of them; a `PciDevice`
-    passes its own.
+    to be begun again. `quiesce` and `unquiesce`, for P2P, when it must not start DMA. `lock` is held around all of them; a
+    `PciDevice` passes its own.
 
     An OSError from any of them leaves the state reached so far. Another exception is a bug: nobody can tell in which state the
     device is, so it goes to ERROR, which only a reset leaves.

@@ -1,11 +1,15 @@
-"""The device ops of the VFIO class: what the driver `vfio_mdev` calls, and nothing else.
+"""The device ops of the VFIO class: what a vendor's device owes the driver `vfio_mdev` and others that use it in this process.
+
+The driver calls all of `VfioOps` but `query_gfx_plane` and `gfx_dmabuf`, for which vfio-user has no message, and where a device has
+them the extras below: `SharedMemory`, `PowerManaged`, and `mdevkit_vfio.parking.Parkable`.
 
 A vendor hands one object that satisfies `VfioOps` to ``VfioMdev.set_ops`` inside its create. Most vendors do not write
 one: they subclass `mdevkit_vfio.pci.PciDevice`, which implements all of it for a PCI function.
 
 Thread rules. `open` and `release` bracket one client. Between them the driver calls from the thread of that client's
-connection, one call at a time; nothing is called concurrently by the driver. Interrupts may be raised, and DMA started,
-by the device from any thread. An op fails by raising `OSError` (or its subclass `MdevError`); the client sees the errno.
+connection, one call at a time; only `request` and `PowerManaged` come from other threads, while another op may run.
+Interrupts may be raised, and DMA started, by the device from any thread. An op fails by raising `OSError` (or its subclass
+`MdevError`); the client sees the errno.
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ class VfioUserServer:
         self.failure: MdevError | None = None
         self._listen: Final = listen
         self._throttle: Final = throttle or Throttle()
-        # Guards what follows; held for a few statements, never over a call into the device or a wait.
+        # Guards what follows; held for a few statements, never over a call into the device or a wait for a client. Only `start`
+        # holds it for longer, over all it does (`listen` may ask another process), and whoever ends the server meanwhile waits.
         self._lock: Final = threading.Lock()
         self._observer = observer
         self._session: Session | None = None

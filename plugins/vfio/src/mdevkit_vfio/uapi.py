@@ -48,7 +48,6 @@ class RegionCap(IntEnum):
 
     SPARSE_MMAP = 1
     TYPE = 2
-    MSIX_MAPPABLE = 3
 
 
 class Irq(IntEnum):

@@ -90,6 +90,10 @@ class Channel:
         finally:
             with self._changed:
                 self._waiting.discard(ident)
+                # Come after the time-out: it is nobody's, least of all that of the next request with this id.
+                late = self._replies.pop(ident, None)
+            if late is not None:
+                close_all(late.fds)
 
     def post(self, command: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
         """Send a command that wants no reply."""

@@ -106,11 +106,6 @@ class Header(NamedTuple):
     flags: int = TYPE_COMMAND
     error: int = 0
 
-    @property
-    def is_reply(self) -> bool:
-        """Whether the type bits say reply."""
-        return self.flags & TYPE_MASK == TYPE_REPLY
-
 
 def message(ident: int, command: int, payload: Buffer = b"", flags: int = TYPE_COMMAND) -> bytes:
     """Return a whole message: header and `payload`."""

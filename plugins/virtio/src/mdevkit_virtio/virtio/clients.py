@@ -48,7 +48,7 @@ def check_kind(facts: Facts, *wanted: str) -> str:
     if kind is None:
         raise MdevError(errno.ENODEV, f"{name} is bound to no driver; try: mdevkit bind {facts['uuid']}")
     if kind == "virtio":
-        raise MdevError(errno.ENODEV, f"{name} is no network device yet: {facts.get('error') or 'its driver is not ready'}")
+        raise MdevError(errno.ENODEV, f"{name} has no network interface: {facts.get('error') or 'its driver is not ready'}")
     if kind not in _DRIVERS:
         raise MdevError(errno.EOPNOTSUPP, f"{name} is no virtio network device but {facts['type']} ({kind})")
     if kind not in wanted:
