@@ -146,7 +146,7 @@ def test_a_listing_into_a_closed_pipe_ends_quietly(environment):
 # -- run and attach ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_run_serves_until_a_signal_and_leaves_nothing(serving, runtime, number):
     process, facts = serving("mtty-2")
     assert Path(facts["socket"]).is_socket()
@@ -154,6 +154,19 @@ def test_run_serves_until_a_signal_and_leaves_nothing(serving, runtime, number):
     process.send_signal(number)
     assert process.wait(20) == 0
     assert process.stderr.read() == ""
+    assert left_behind(runtime) == []
+
+
+def test_run_outlives_the_terminal_where_nohup_wants_it(environment, runtime):
+    command = ["nohup", MDEVKIT, "run", "mtty-2", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        while process.stdout.readline() != "}\n":
+            pass
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        assert left_behind(runtime)
+        process.terminate()
     assert left_behind(runtime) == []
 
 

@@ -7,11 +7,12 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.services import Running
+from tests.services import Running, foreground
 
 MDEVKIT = Path(sys.executable).with_name("mdevkit")
 UUID = "6a2f9f7c-1c1b-4a58-9c67-6a6d6ff1a00d"
@@ -86,6 +87,40 @@ def test_types_and_devices_of_a_running_service(complete, tmp_path, home):
         assert complete("mdevkit remove ") == [UUID]
     finally:
         running.clean_up()
+
+
+def test_what_can_be_suspended_are_parents_and_devices(complete, tmp_path, home):
+    assert complete("mdevkit suspend ") == []
+    running = Running(Path(home["XDG_RUNTIME_DIR"]), tmp_path)
+    try:
+        running.start()
+        with running.client() as client:
+            client.post("/v1/devices", {"type": "demo-small", "uuid": UUID})
+        assert complete("mdevkit suspend ") == complete("mdevkit resume ") == ["demo0", "demo1", "twin0", "twin1", UUID]
+        assert complete("mdevkit suspend tw") == ["twin0", "twin1"]
+        assert complete("mdevkit resume 6a2f") == [UUID]
+    finally:
+        running.clean_up()
+
+
+@pytest.mark.parametrize("where", ["service", "foreground"])
+def test_pktgen_is_offered_network_devices(complete, tmp_path, home, where):
+    types = {"mtty-1": UUID, "mvnet_loopback-virtio": f"{UUID[:-1]}e", "mvnet_loopback-vhost": f"{UUID[:-1]}f"}
+    plugins = "mdevkit-mvnet,mdevkit-virtio,mdevkit-mtty,mdevkit-vfio,mdevkit-service"
+    running = Running(Path(home["XDG_RUNTIME_DIR"]), tmp_path)
+    running.environment |= {"MDEVKIT_PLUGINS": plugins}
+    with ExitStack() as stack:
+        stack.callback(running.clean_up)
+        if where == "service":
+            with running.start().client() as client:
+                for type_id, uuid in types.items():
+                    client.post("/v1/devices", {"type": type_id, "uuid": uuid})
+                client.post("/v1/devices", {"type": "mvnet_loopback-virtio", "bind": False})
+        else:
+            for type_id, uuid in types.items():
+                stack.enter_context(foreground(running, uuid))(type_id)
+        assert sorted(complete("mdevkit pktgen ")) == sorted([types["mvnet_loopback-virtio"], types["mvnet_loopback-vhost"]])
+        assert complete(f"mdevkit pktgen {UUID}") == []
 
 
 def test_a_tab_starts_no_service(complete, home):

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from mdevkit_virtio.pktgen.cli import _print
+from mdevkit_virtio.pktgen.generator import Result
 
 from tests.services import foreground, private_service, wait_until
 
@@ -59,6 +61,20 @@ def test_what_is_printed_for_people(service, run):
     assert "received  100 frames, " in done.stdout
     assert "lost      0 (0.000%)" in done.stdout
     assert done.stderr == "", "no progress line where there is no terminal"
+
+
+def test_of_frames_that_never_return_there_is_no_latency(service, run):
+    run("mvnet_loopback-virtio", "--set", "link=down")
+    done = service.mdevkit("pktgen", UUID, "--count", "10", "--timeout", "0.1")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-2:] == ["lost      10 (100.000%)", "latency   no frame has returned"]
+    result = json.loads(service.mdevkit("pktgen", UUID, "--count", "10", "--timeout", "0.1", "--json").stdout)
+    assert result["latency_us"] == dict.fromkeys(["min", "p50", "p90", "p99", "p99.9", "max"])
+
+
+def test_frames_that_return_too_late_have_no_latency_either(capsys):
+    _print(Result(sent=3, lost=3, late=2))
+    assert capsys.readouterr().out.splitlines()[-2:] == ["also      2 late", "latency   no frame has returned in time"]
 
 
 def test_a_progress_line_on_a_terminal(service, run):

@@ -252,6 +252,18 @@ def test_a_service_that_a_command_starts_again_has_the_options_of_the_last(servi
     assert service.mdevkit("list", "-d").returncode == 0
 
 
+def test_devices_are_listed_where_definitions_cannot_be(service, mdevkit, tmp_path):
+    (tmp_path / "definitions").write_text("no folder")
+    mdevkit("create", "demo-small", "-u", UUID)
+    done = mdevkit("list")
+    assert (done.returncode, done.stdout) == (0, f"{UUID} demo0 demo-small manual\n")
+    assert (
+        done.stderr
+        == f"the definitions in {service.definitions} cannot be listed: {service.definitions}: Not a directory [ENOTDIR]\n"
+    )
+    fails(mdevkit("list", "-d"), 1, "cannot be listed")
+
+
 def test_stop_leaves_devices_and_says_so(service):
     service.mdevkit("create", "demo-small", "-u", UUID)
     done = service.mdevkit("service", "stop")

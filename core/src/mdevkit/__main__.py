@@ -10,7 +10,16 @@ def main() -> int:
     if sys.argv[1:] in (["--version"], ["-V"]):
         from mdevkit.version import VERSION
 
-        print(f"mdevkit {VERSION}")  # noqa: T201  (the answer)
+        try:
+            print(f"mdevkit {VERSION}", flush=True)  # noqa: T201  (the answer)
+        except OSError as error:
+            from mdevkit.cli.output import complain, unwritable
+            from mdevkit.errors import MdevError
+
+            if isinstance(lost := unwritable(error), MdevError):
+                complain(f"{lost} [{lost.name}]")
+            sys.stdout = None  # or the interpreter tries once more
+            return 1
         return 0
     from mdevkit.cli import run
 

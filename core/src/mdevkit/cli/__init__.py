@@ -58,10 +58,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    from mdevkit.cli.app import is_usage, make_app, usage
+    from mdevkit.cli.app import carry_out, is_usage, usage
 
     try:
-        result = make_app(arguments)([*arguments], prog_name="mdevkit", standalone_mode=False)
+        result = carry_out(arguments)
     except Exception as error:
         if not is_usage(error):
             raise

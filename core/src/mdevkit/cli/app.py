@@ -8,9 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+from typer.core import TyperCommand
+from typer.main import get_command
 
 from mdevkit.cli import COMMANDS
-from mdevkit.cli.output import complain
+from mdevkit.cli.output import as_bytes, complain, is_utf8
 from mdevkit.errors import MdevError
 
 if TYPE_CHECKING:
@@ -21,6 +23,22 @@ if TYPE_CHECKING:
 _COMPLETE: Final = "_MDEVKIT_COMPLETE"
 #: Where the line to complete is then, by shell.
 _LINES: Final = ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")
+#: Metavars of what names files of the user's, of whose names the kernel wants no encoding.
+_FILES: Final = frozenset({"FILE", "DIR"})
+
+
+class _Command(TyperCommand):
+    """A subcommand that refuses text which is not UTF-8: no JSON could carry it to the service."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read a command line; usage for an argument that is not UTF-8."""
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params:
+            given = ctx.params.get(parameter.name)
+            for text in given if isinstance(given, list | tuple) else [given]:
+                if isinstance(text, str) and not is_utf8(text) and parameter.metavar not in _FILES:
+                    raise typer.BadParameter(f"'{as_bytes(text)}' is not UTF-8", ctx, parameter)
+        return rest
 
 
 class _Complaints(logging.Handler):
@@ -39,8 +57,24 @@ def usage(error: Any) -> int:
     """Tell what is wrong with the command line and return the exit code."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "mdevkit"
-    complain(f"{error.format_message()} (see {command} --help)")
+    message = error.format_message()
+    # Who gave no subcommand at all has got the help.
+    complain(message if context and message == context.get_help() else f"{message} (see {command} --help)")
     return int(error.exit_code)
+
+
+def carry_out(arguments: Sequence[str]) -> Any:
+    """Carry out a command line and return what the subcommand returns, or the exit code it asks for."""
+    app = make_app(arguments)
+    if _COMPLETE in os.environ:
+        return app([*arguments], prog_name="mdevkit", standalone_mode=False)
+    command = get_command(app)
+    try:
+        # What calling it does beside would take a service that hangs up on us (EPIPE) for a pipe nobody reads.
+        with command.make_context("mdevkit", [*arguments]) as context:
+            return command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
 
 
 def make_app(arguments: Sequence[str]) -> typer.Typer:
@@ -77,9 +111,19 @@ def _typed() -> list[str]:
 
 def _add(app: typer.Typer, name: str, command: Any) -> None:
     if isinstance(command, typer.Typer):
+        _refuse_bytes(command)
         app.add_typer(command, name=name)
     else:
-        app.command(name)(command)
+        app.command(name, cls=_Command)(command)
+
+
+def _refuse_bytes(app: typer.Typer) -> None:
+    """Make the subcommands of a subcommand `_Command`s, unless they have a class of their own."""
+    for info in app.registered_commands:
+        info.cls = _Command if info.cls is TyperCommand else info.cls
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            _refuse_bytes(group.typer_instance)
 
 
 def _add_plugins(app: typer.Typer, wanted: str | None = None) -> int:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from mdevkit.cli.complete import devices
-from mdevkit.cli.output import complain
+from mdevkit.cli.output import complain, unwritable
 from mdevkit.cli.remote import find as find_in_service
 from mdevkit.cli.remote import running_service
 from mdevkit.errors import MdevError
@@ -258,5 +258,8 @@ class _Pump:
 
 
 def _write(data: bytes) -> None:
-    while data:
-        data = data[os.write(_OUTPUT, data) :]
+    try:
+        while data:
+            data = data[os.write(_OUTPUT, data) :]
+    except OSError as error:
+        raise unwritable(error) from None

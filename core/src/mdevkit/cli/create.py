@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mdevkit.cli.options import AsJson, Parent, Settings, Socket, TypeId, Uuid, endpoint_path
-from mdevkit.cli.output import say, say_json
+from mdevkit.cli.output import need_output, say, say_json, say_made
 from mdevkit.client import Client
 
 
@@ -35,11 +35,12 @@ def command(
         "owner": owner,
         "dry_run": dry_run,
     }
+    need_output()
     with Client() as service:
         device = service.post("/v1/devices", wish)
-    if as_json:
-        say_json(device)
-    elif dry_run:
+    if dry_run and not as_json:
         say(f"{type_id} can be created on {device['parent']}")
+    elif dry_run:
+        say_json(device)
     else:
-        say(device["uuid"])
+        say_made(device["uuid"], value=device if as_json else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -24,12 +25,16 @@ def command(
     """Print events of parents and devices until Ctrl-C."""
     with Client() as service:
         for event in service.events(after, timeout):
-            say(json.dumps(event) if as_json else _line(event))
+            say(json.dumps(event) if as_json else _line(event, after))
+            # Somebody may wait for it at the end of a pipe.
+            sys.stdout.flush()
 
 
-def _line(event: dict[str, Any]) -> str:
+def _line(event: dict[str, Any], after: int | None) -> str:
     if "lagged" in event:
-        return f"({event['lagged'] or 'some'} events were lost)"
+        # The service tells no number where there is no such event: it begins at the beginning then.
+        ahead = f"(there is no event {after} yet, or the service has begun to count anew; these are all there are)"
+        return f"({event['lagged']} events were lost)" if event["lagged"] else ahead
     when = datetime.fromtimestamp(event["time"]).astimezone().isoformat(timespec="milliseconds")
     variables = " ".join(f"{name}={value}" for name, value in event["env"].items())
     return f"{event['seq']} {when} {event['action']} {event['subject']} {variables}".rstrip()

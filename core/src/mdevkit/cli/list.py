@@ -15,8 +15,8 @@ def command(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Attributes, driver and endpoint too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     dump: Annotated[bool, typer.Option("--dumpjson", help="Print JSON in mdevctl's shape.")] = False,
-    uuid: Annotated[str | None, typer.Option("--uuid", "-u", help="Only this device.")] = None,
-    parent: Annotated[str | None, typer.Option("--parent", "-p", help="Only devices of this parent.")] = None,
+    uuid: Annotated[str | None, typer.Option("--uuid", "-u", metavar="UUID", help="Only this device.")] = None,
+    parent: Annotated[str | None, typer.Option("--parent", "-p", metavar="PARENT", help="Only devices of this parent.")] = None,
 ) -> None:
     """List devices."""
     if tree + as_json + dump > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 
-from mdevkit.cli.output import BOLD, DIM, GREEN, RED, Painted, complain, say, say_json, state
+from mdevkit.cli.output import BOLD, DIM, GREEN, RED, YELLOW, Painted, complain, say, say_json, state
 from mdevkit.cli.remote import definitions, find, foreground, running_service
 from mdevkit.client import Client
 from mdevkit.errors import MdevError
@@ -55,7 +55,7 @@ def _wanted(facts: Facts, uuid: str | None, parent: str | None) -> bool:
 
 def _print_devices(service: Client | None, devices: list[Facts], *, dump: bool, verbose: bool) -> None:
     """Print devices in mdevctl's columns; a failed one says so."""
-    stored = {item["uuid"]: item for item in (definitions(service) if service else []) if not item.get("error")}
+    stored = {item["uuid"]: item for item in _definitions(service) if not item.get("error")}
     if dump:
         say_json(_dump((device, stored.get(device["uuid"])) for device in devices))
         return
@@ -68,6 +68,15 @@ def _print_devices(service: Client | None, devices: list[Facts], *, dump: bool, 
         if verbose:
             _print_attributes(definition["attrs"] if definition else [])
             _print_state(device)
+
+
+def _definitions(service: Client | None) -> list[Facts]:
+    """Return the definitions, to say which devices have one; where they cannot be read the devices are listed all the same."""
+    try:
+        return definitions(service) if service else []
+    except MdevError as error:
+        complain(f"{error} [{error.name}]")
+        return []
 
 
 def _print_definitions(stored: list[Facts], *, as_json: bool, dump: bool, verbose: bool) -> None:
@@ -112,7 +121,7 @@ def _print_attributes(attributes: Sequence[Facts]) -> None:
 def _print_state(device: Facts) -> None:
     endpoint = device.get("endpoint") or device
     facts = {
-        "State": device["state"],
+        "State": f"{device['state']}, suspended" if device.get("suspended") else device["state"],
         "Driver": device.get("driver"),
         "Socket": endpoint.get("socket"),
         "Client": endpoint.get("client"),
@@ -129,7 +138,7 @@ def _print_tree(parents: list[Facts], devices: list[Facts]) -> None:
     known = {parent["name"]: parent for parent in parents}
     for name in sorted({*known, *(device["parent"] for device in devices)}):
         parent = known.get(name, {"types": []})
-        say(Painted(name, BOLD), Painted(f" ({parent['error']})" if parent.get("error") else "", RED))
+        say(Painted(name, BOLD), _asleep(parent), Painted(f" ({parent['error']})" if parent.get("error") else "", RED))
         own = [device for device in devices if device["parent"] == name]
         room = {type_["id"]: type_["available_instances"] for type_ in parent["types"]}
         for type_id in [*room, *sorted({device["type"] for device in own} - set(room))]:
@@ -140,13 +149,19 @@ def _print_tree(parents: list[Facts], devices: list[Facts]) -> None:
 
 
 def _tail(device: Facts) -> Iterable[object]:
-    """Yield what follows a device's state: its driver, whose it is, what is wrong with it."""
+    """Yield what follows a device's state: whether it sleeps, its driver, whose it is, what is wrong with it."""
+    yield _asleep(device)
     if device.get("driver"):
         yield f" {device['driver']}"
     if device.get("owner"):
         yield Painted(f" owner={device['owner']}", DIM)
     if device.get("error"):
         yield Painted(f" ({device['error']})", RED)
+
+
+def _asleep(facts: Facts) -> Painted:
+    """Return the word for a device or parent that is suspended; nothing for others."""
+    return Painted(" suspended" if facts.get("suspended") else "", YELLOW)
 
 
 def show_device(uuid: str, *, as_json: bool = False) -> None:

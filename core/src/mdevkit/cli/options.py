@@ -47,8 +47,11 @@ def endpoint_path(text: str | None) -> str | None:
 TypeId = Annotated[
     str, typer.Argument(metavar="TYPE", autocompletion=types, help="A type as `mdevkit types` shows it, e.g. mtty-2.")
 ]
-Parent = Annotated[str | None, typer.Option("--parent", "-p", help="Create it on this parent.")]
-Uuid = Annotated[str | None, typer.Option("--uuid", "-u", callback=_uuid_text, help="The device's UUID; made up by default.")]
+Parent = Annotated[str | None, typer.Option("--parent", "-p", metavar="PARENT", help="Create it on this parent.")]
+Uuid = Annotated[
+    str | None,
+    typer.Option("--uuid", "-u", metavar="UUID", callback=_uuid_text, help="The device's UUID; made up by default."),
+]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", callback=_settings, help="Set an attribute.")]
 Socket = Annotated[
     str | None, typer.Option(metavar="PATH", help="Where to make the device's socket; connect:PATH for one its client makes.")

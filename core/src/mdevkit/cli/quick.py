@@ -6,6 +6,7 @@ Takes the command lines people and programs usually give; any other is left to t
 from __future__ import annotations
 
 from mdevkit.cli.listing import list_devices, list_types, show_device
+from mdevkit.cli.output import is_utf8
 from mdevkit.cli.remote import running_service
 
 TYPE_CHECKING = False  # typing is what takes time
@@ -41,7 +42,7 @@ _OPTIONS: dict[str, dict[str, tuple[str, bool]]] = {
 def answer(arguments: Sequence[str]) -> int | None:
     """Carry out a command line if this is the place for it, and return its exit code; else None."""
     parsed = _parse(_OPTIONS[arguments[0]], arguments[1:])
-    if parsed is None:
+    if parsed is None or not all(map(is_utf8, arguments)):
         return None
     words, options = parsed
     if len(words) != (arguments[0] == "show") or len({"tree", "as_json", "dump"} & set(options)) > 1:

@@ -52,15 +52,29 @@ def foreground() -> list[Facts]:
 
 
 def find(service: Client, prefix: str) -> str:
-    """Return the UUID of the device whose UUID starts with `prefix`: ENODEV when none does, EINVAL when several do."""
-    if len(prefix) >= _UUID_LENGTH:
+    """Return the UUID of the service's device whose UUID starts with `prefix`: EINVAL when several do, `missing` when none does."""
+    if len(prefix) >= _UUID_LENGTH and not os.path.lexists(f"{runtime_path()}/{prefix.lower()}.json"):
         return prefix
     found = [device["uuid"] for device in service.get("/v1/devices") if device["uuid"].startswith(prefix.lower())]
     if len(found) > 1:
         raise MdevError(errno.EINVAL, f"{prefix!r} is the beginning of {len(found)} devices' UUIDs", prefix)
     if not found:
-        raise MdevError(errno.ENODEV, f"there is no device {prefix!r}", prefix)
+        raise missing(prefix)
     return str(found[0])
+
+
+def missing(prefix: str) -> MdevError:
+    """Return the error for a device the service does not have: `in_foreground`, else ENODEV."""
+    return in_foreground(prefix) or MdevError(errno.ENODEV, f"there is no device {prefix!r}", prefix)
+
+
+def in_foreground(prefix: str) -> MdevError | None:
+    """Return the error for a device that is asked of the service, but is one of ``mdevkit run``: EBUSY; None if it is none."""
+    for facts in foreground():
+        if facts["uuid"].startswith(prefix.lower()):
+            whose = f"belongs to process {facts['pid']}, an mdevkit run, and is ended there (Ctrl-C)"
+            return MdevError(errno.EBUSY, f"device {facts['uuid']} {whose}", prefix)
+    return None
 
 
 def definitions(service: Client) -> list[Facts]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
 
 from mdevkit.cli.complete import devices
 from mdevkit.cli.output import complain
-from mdevkit.cli.remote import find
-from mdevkit.client import Client
+from mdevkit.cli.remote import find, missing, running_service
 from mdevkit.errors import MdevError
 
 
@@ -25,9 +25,11 @@ def command(
     """Remove devices. One that cannot be removed keeps no other from it."""
     query = f"?force={int(force)}" + (f"&timeout={timeout}" if timeout is not None else "")
     failed = False
-    with Client() as service:
+    with running_service() or nullcontext() as service:
         for uuid in uuids:
             try:
+                if service is None:
+                    raise missing(uuid)
                 service.delete(f"/v1/devices/{find(service, uuid)}{query}")
             except MdevError as error:
                 complain(f"{error} [{error.name}]")

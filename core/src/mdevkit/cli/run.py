@@ -20,7 +20,8 @@ from mdevkit.running import announced
 if TYPE_CHECKING:
     from mdevkit.device import Mdev
 
-_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+#: Those that end it, the terminal's end among them.
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 def command(
@@ -32,7 +33,9 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Create a device, print how to attach a hypervisor, and serve it until Ctrl-C."""
-    for number in _SIGNALS:
+    # nohup(1) has it ignored.
+    numbers = _SIGNALS - ({signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set())
+    for number in numbers:
         signal.signal(number, signal.default_int_handler)
     with Registry.discover() as registry:
         mdev = registry.create(
@@ -46,7 +49,7 @@ def command(
         with announced(mdev.name, partial(describe, mdev)):
             # From here on signals end the wait instead of interrupting: nothing can cut the clean-up short.
             stop = threading.Event()
-            for number in _SIGNALS:
+            for number in numbers:
                 signal.signal(number, lambda *_: stop.set())
             say_json(facts) if as_json else _print(facts)
             # Whoever started us through a pipe waits for this.

@@ -32,7 +32,7 @@ def _service() -> None:
 
 @command.command("start")
 def start(
-    group: Annotated[str | None, typer.Option(help="As root: let this group's members use it.")] = None,
+    group: Annotated[str | None, typer.Option(metavar="GROUP", help="As root: let this group's members use it.")] = None,
     definitions: Annotated[Path | None, typer.Option(metavar="DIR", help="Root of the definitions.")] = None,
     host_user: Annotated[str | None, typer.Option(metavar="USER", help="As root: whom device hosts run as.")] = None,
     endpoint_owner: Annotated[
@@ -141,7 +141,7 @@ def rescan() -> None:
 
 @command.command("install")
 def install(
-    group: Annotated[str | None, typer.Option(help="As root: let this group's members use it.")] = None,
+    group: Annotated[str | None, typer.Option(metavar="GROUP", help="As root: let this group's members use it.")] = None,
     host_user: Annotated[str | None, typer.Option(metavar="USER", help="As root: whom device hosts run as.")] = None,
     endpoint_owner: Annotated[str | None, typer.Option(metavar="USER[:GROUP]", help="As root: who may attach to devices.")] = None,
     folder: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to write the units.")] = None,

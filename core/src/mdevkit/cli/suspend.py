@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from mdevkit.cli.complete import devices
+from mdevkit.cli.complete import power_targets
 from mdevkit.cli.remote import find
 from mdevkit.client import Client
 
 Target = Annotated[
     str | None,
-    typer.Argument(metavar="[UUID|PARENT]", autocompletion=devices, help="A device, or a parent with all its devices."),
+    typer.Argument(metavar="[UUID|PARENT]", autocompletion=power_targets, help="A device, or a parent with all its devices."),
 ]
 All = Annotated[bool, typer.Option("--all", help="Everything.")]
 

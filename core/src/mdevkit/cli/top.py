@@ -20,7 +20,9 @@ _CLEAR = "\x1b[2J\x1b[H"
 
 def command(
     delay: Annotated[float, typer.Option("--delay", "-d", min=0.1, metavar="SECONDS", help="Between two looks.")] = 1.0,
-    times: Annotated[int, typer.Option("--times", "-n", min=0, help="How many looks; 0 until Ctrl-C on a terminal.")] = 0,
+    times: Annotated[
+        int, typer.Option("--times", "-n", min=0, metavar="N", help="How many looks; 0 until Ctrl-C on a terminal.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one look as JSON.")] = False,
 ) -> None:
     """Show hosts and devices, again and again on a terminal, twice otherwise."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    parent: Annotated[str | None, typer.Option("--parent", "-p", help="Only the types of this parent.")] = None,
+    parent: Annotated[str | None, typer.Option("--parent", "-p", metavar="PARENT", help="Only the types of this parent.")] = None,
     as_json: Annotated[bool, typer.Option("--json", "--dumpjson", help="Print JSON.")] = False,
 ) -> None:
     """List the types of the installed parents, and how many more of each can be created."""

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from mdevkit.cli.output import complain, say, say_json
+from mdevkit.cli.output import complain, need_output, say, say_json, say_made
+from mdevkit.cli.remote import in_foreground
 from mdevkit.client import Client
 from mdevkit.errors import MdevError
 
@@ -34,10 +35,16 @@ def _uuid(text: str | None) -> str | None:
     return uuid
 
 
-Uuid = Annotated[str | None, typer.Option("--uuid", "-u", callback=_uuid, help="The device.")]
-NeededUuid = Annotated[str, typer.Option("--uuid", "-u", callback=_uuid, help="The device.")]
-Parent = Annotated[str | None, typer.Option("--parent", "-p", help="The parent.")]
-Type = Annotated[str | None, typer.Option("--type", "-t", metavar="TYPE", help="The type, e.g. mtty-2.")]
+def _named(text: str | None) -> str | None:
+    if text == "":
+        raise typer.BadParameter("it is empty")
+    return text
+
+
+Uuid = Annotated[str | None, typer.Option("--uuid", "-u", metavar="UUID", callback=_uuid, help="The device.")]
+NeededUuid = Annotated[str, typer.Option("--uuid", "-u", metavar="UUID", callback=_uuid, help="The device.")]
+Parent = Annotated[str | None, typer.Option("--parent", "-p", metavar="PARENT", callback=_named, help="The parent.")]
+Type = Annotated[str | None, typer.Option("--type", "-t", metavar="TYPE", callback=_named, help="The type, e.g. mtty-2.")]
 Auto = Annotated[bool, typer.Option("--auto", "-a", help="Start the device with its parent.")]
 JsonFile = Annotated[str | None, typer.Option("--jsonfile", metavar="FILE", help="Type, start mode and attributes.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Go on even if a callout script objects.")]
@@ -83,10 +90,12 @@ def define(
     _need("--uuid or --parent is wanted", uuid, parent)
     _exclude(jsonfile=jsonfile, type=type_id)
     _exclude(jsonfile=jsonfile, auto=auto)
+    if uuid is None:
+        need_output()
     with _manager() as (manager, _):
         made = manager.define(uuid=uuid, parent=parent, type=type_id, auto=auto, jsonfile=jsonfile, owner=owner, force=force)
     if uuid is None:
-        say(made)
+        say_made(made)
 
 
 def undefine(uuid: NeededUuid, parent: Parent = None, force: Force = False) -> None:
@@ -101,8 +110,10 @@ def modify(
     type_id: Type = None,
     addattr: Annotated[str | None, typer.Option(metavar="NAME", help="Add an attribute.")] = None,
     delattr_: Annotated[bool, typer.Option("--delattr", help="Remove an attribute.")] = False,
-    index: Annotated[int | None, typer.Option("--index", "-i", min=0, help="Where in the list; its end by default.")] = None,
-    value: Annotated[str | None, typer.Option(help="The added attribute's value.")] = None,
+    index: Annotated[
+        int | None, typer.Option("--index", "-i", min=0, metavar="N", help="Where in the list; its end by default.")
+    ] = None,
+    value: Annotated[str | None, typer.Option(metavar="VALUE", help="The added attribute's value.")] = None,
     auto: Auto = False,
     manual: Annotated[bool, typer.Option("--manual", "-m", help="Start the device by hand only.")] = False,
     live: Annotated[bool, typer.Option("--live", "-l", help="Change the running device, at once.")] = False,
@@ -139,6 +150,8 @@ def start(
     """Start a device, by its definition or by parent and type; without --uuid, make one up and print it."""
     _need("--uuid or --parent is wanted", uuid, parent)
     _exclude(jsonfile=jsonfile, type=type_id)
+    if uuid is None:
+        need_output()
     with _manager() as (manager, client):
         if dry_run:
             definition = manager.to_start(uuid, parent, type_id, jsonfile)
@@ -147,17 +160,24 @@ def start(
             return
         made = manager.start(uuid=uuid, parent=parent, type=type_id, jsonfile=jsonfile, force=force, ensure=ensure)
     if uuid is None:
-        say(made)
+        say_made(made)
 
 
 def stop(uuid: NeededUuid, force: Force = False) -> None:
     """Stop a device. Its definition stays."""
     with _manager() as (manager, _):
-        manager.stop(uuid=uuid, force=force)
+        try:
+            manager.stop(uuid=uuid, force=force)
+        except MdevError as error:
+            if error.errno == errno.ENODEV and (elsewhere := in_foreground(uuid)):
+                raise elsewhere from None
+            raise
 
 
 def apply(
-    file: Annotated[Path, typer.Argument(help="What shall be, as `list --defined --dumpjson` prints it; - for stdin.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="What shall be, as `list --defined --dumpjson` prints it; - for stdin.")
+    ],
     owner: Owner = None,
     prune: Annotated[bool, typer.Option("--prune", help="Stop and undefine what has this owner and is not in the file.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Stop and start what cannot be changed while it runs.")] = False,

@@ -107,5 +107,10 @@ def _print_type(type_id: str, facts: dict[str, Any]) -> None:
 
 
 def _print_json(value: Any) -> None:
-    """Print JSON as mdevctl does: without a line's end after it."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print JSON as mdevctl does: without a line's end. What the output's encoding lacks is escaped, as JSON has it."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2)
+    sys.stdout.write(text)

@@ -387,7 +387,7 @@ def _wanted(uuid: str, parent: str | None, type_id: str | None, active: Definiti
         raise MdevError(errno.EINVAL, "No parent specified", uuid)
     if active is not None:
         return Definition(parent or active.parent, uuid, type_id or active.mdev_type)
-    if type_id is None:
+    if not type_id:
         raise MdevError(errno.EINVAL, "No type specified", uuid)
     return Definition(parent or "", uuid, type_id)
 

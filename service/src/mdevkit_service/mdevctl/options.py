@@ -6,6 +6,8 @@ to run. Reads only what it is given.
 
 from __future__ import annotations
 
+from mdevkit.cli.output import as_bytes, is_utf8
+
 from mdevkit_service.definitions import uuid_of
 
 TYPE_CHECKING = False  # typing is what takes time
@@ -186,6 +188,8 @@ class _Reader:
     def _word(self, word: str) -> None:
         if len(self._words) >= len(self._command.words):
             raise self._unexpected(word)
+        if not is_utf8(word):
+            raise self._wrong(f"'{as_bytes(word)}' is not UTF-8")
         self._words.append(word)
 
     def _long(self, argument: str, rest: list[str]) -> None:
@@ -240,7 +244,9 @@ def _usage_error(message: str, program: str, command: Command) -> UsageError:
 
 
 def _converted(option: Option, text: str) -> Any:
-    """Return the value of an option's text."""
+    """Return the value of an option's text. Files alone may have names that are not UTF-8."""
+    if option.value != "JSONFILE" and not is_utf8(text):
+        raise _refusal(option, as_bytes(text), "it is not UTF-8")
     if option.value == "UUID":
         uuid = uuid_of(text)
         if not uuid:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from mdevkit.cli.output import complain, say, unless_broken_off
+from mdevkit.cli.output import complain, need_output, say, say_made, unless_broken_off
 from mdevkit.client import Client
 from mdevkit.errors import MdevError
 
@@ -30,13 +30,19 @@ def main() -> int:
 def run(program: str, arguments: Sequence[str]) -> int:
     """Run `arguments` of the command called `program`."""
     try:
-        return unless_broken_off(lambda: _run(program, arguments))
-    except UsageError as error:
-        (complain if error.code else _print_lines)(error)
-        return error.code
+        return unless_broken_off(lambda: _told(program, arguments))
     except MdevError as error:
         complain(f"Error: {_with_causes(error)}")
         return 1
+
+
+def _told(program: str, arguments: Sequence[str]) -> int:
+    """Run a command; what is wrong with the command line, and help, is told."""
+    try:
+        return _run(program, arguments)
+    except UsageError as error:
+        (complain if error.code else _print_lines)(error)
+        return error.code
 
 
 def _run(program: str, arguments: Sequence[str]) -> int:
@@ -109,15 +115,20 @@ def warn(text: str) -> None:
 
 
 def _define(manager: Manager, options: dict[str, Any]) -> None:
-    uuid = manager.define(**options)
-    if "uuid" not in options:
-        say(uuid)
+    _make(manager.define, options)
 
 
 def _start(manager: Manager, options: dict[str, Any]) -> None:
-    uuid = manager.start(**options)
-    if "uuid" not in options:
-        say(uuid)
+    _make(manager.start, options)
+
+
+def _make(make: Callable[..., str], options: dict[str, Any]) -> None:
+    """Carry out what makes up a UUID if none is given, and print it then."""
+    if "uuid" in options:
+        make(**options)
+        return
+    need_output()
+    say_made(make(**options))
 
 
 def _list(manager: Manager, options: dict[str, Any]) -> None:

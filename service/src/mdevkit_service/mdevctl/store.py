@@ -82,7 +82,8 @@ def _path(parent: str, uuid: str) -> str:
 
 def _entry(facts: dict[str, Any]) -> Entry:
     if not facts["mdev_type"]:
-        return BadDefinition(facts["parent"], facts["uuid"], facts["path"], facts["error"], facts["tag"])
+        error = facts["error"] or "mdev_type is empty"
+        return BadDefinition(facts["parent"], facts["uuid"], facts["path"], error, facts["tag"])
     owner = {"owner": facts["owner"]} if facts.get("owner") is not None else {}
     return Definition(
         facts["parent"],

@@ -14,14 +14,14 @@ import sys
 from typing import Annotated, Final
 
 import typer
-from mdevkit.cli.complete import devices
+from mdevkit.cli.complete import devices_with
 from mdevkit.cli.output import say, say_json
 from mdevkit.errors import MdevError
 
 from mdevkit_virtio.pktgen.frames import MIN_SIZE, FrameMaker, check_sizes
 from mdevkit_virtio.pktgen.generator import Generator, Plan, Result
 from mdevkit_virtio.pktgen.link import Link, open_link
-from mdevkit_virtio.virtio.clients import Facts, find_device, in_use
+from mdevkit_virtio.virtio.clients import NETDEV, VHOST_USER, Facts, find_device, in_use
 
 _RATE: Final = re.compile(r"(\d+(?:\.\d+)?)([kM]?)")
 _FACTORS: Final = {"": 1.0, "k": 1e3, "M": 1e6}
@@ -44,13 +44,18 @@ def _sizes(text: str) -> list[int]:
 
 def command(
     uuid: Annotated[
-        str, typer.Argument(metavar="UUID", autocompletion=devices, help="The device, or a unique beginning of its UUID.")
+        str,
+        typer.Argument(
+            metavar="UUID",
+            autocompletion=devices_with(NETDEV, VHOST_USER),
+            help="The device, or a unique beginning of its UUID.",
+        ),
     ],
-    count: Annotated[int, typer.Option("--count", "-n", min=0, help="How many frames; 0 for no limit.")] = 10_000,
+    count: Annotated[int, typer.Option("--count", "-n", min=0, metavar="N", help="How many frames; 0 for no limit.")] = 10_000,
     seconds: Annotated[float, typer.Option("--time", "-t", min=0, metavar="SECONDS", help="How long; 0 for no limit.")] = 0.0,
     size: Annotated[str, typer.Option("--size", "-s", metavar="BYTES[,...]", help="Sizes of the frames, in turn.")] = str(MIN_SIZE),
     rate: Annotated[str, typer.Option("--rate", "-r", metavar="N[k|M]", help="Frames per second; 0 for all it can.")] = "0",
-    window: Annotated[int, typer.Option("--window", "-w", min=1, help="Most frames in flight.")] = 256,
+    window: Annotated[int, typer.Option("--window", "-w", min=1, metavar="N", help="Most frames in flight.")] = 256,
     timeout: Annotated[
         float, typer.Option(min=0.001, metavar="SECONDS", help="How long a frame may take before it is lost.")
     ] = 1.0,
@@ -125,7 +130,9 @@ def _print(result: Result) -> None:
     others = {name: facts[name] for name in ("corrupt", "reordered", "late", "duplicate", "foreign") if facts[name]}
     if others:
         say(f"also      {', '.join(f'{value} {name}' for name, value in others.items())}")
-    say(f"latency   {', '.join(f'{name} {value:.1f}' for name, value in facts['latency_us'].items())} us")
+    latencies = ", ".join(f"{name} {value:.1f}" for name, value in facts["latency_us"].items() if value is not None)
+    none = f"no frame has returned{' in time' if result.late else ''}"
+    say(f"latency   {latencies} us" if latencies else f"latency   {none}")
 
 
 def _short(number: float) -> str:

@@ -64,7 +64,7 @@ class Result:
         return bool(self.sent) and not (self.lost or self.corrupt or self.duplicate)
 
     def facts(self) -> dict[str, Any]:
-        """Return everything as JSON has it."""
+        """Return everything as JSON has it; latencies are None while no frame has returned."""
         seconds = self.seconds or 1e-9
         counters = (*_COUNTERS, "sent_bytes", "received_bytes")
         facts: dict[str, Any] = {name: getattr(self, name) for name in counters}
@@ -72,7 +72,8 @@ class Result:
         facts |= {"rate": self.received / seconds, "bits_per_second": 8 * self.received_bytes / seconds}
         values = [self.latency.least, *self.latency.percentiles(list(_PERCENTILES.values())), self.latency.most]
         names = ["min", *_PERCENTILES, "max"]
-        return facts | {"latency_us": {name: value / 1000 for name, value in zip(names, values, strict=True)}}
+        known = self.latency.count > 0
+        return facts | {"latency_us": {name: value / 1000 if known else None for name, value in zip(names, values, strict=True)}}
 
 
 class Generator:
