@@ -93,6 +93,50 @@ def test_a_bus_may_match_in_its_own_way(kit, card):
         assert registry.create("card-1").driver == "lucky"
 
 
+@pytest.mark.parametrize("table", [None, "c01", {"c01"}, [b"c01"], ("c01", 1), iter(["c01"]), 7])
+def test_an_id_table_that_buses_cannot_search_is_refused(registry, kit, fails, table):
+    text = fails(errno.EINVAL, registry.register_driver, kit.Taker("odd", table))
+    assert text.startswith("driver odd: its id table ")
+    assert text.endswith(" is not a sequence of strings")
+    registry.register_driver(kit.Taker("odd", ["c01"]))
+
+
+@pytest.fixture
+def unmatched(kit, card, taker):
+    """A registry in which the first driver of the bus cannot be matched."""
+
+    class Picky(Bus):
+        name = "bench"
+
+        @hookimpl
+        def bus_match(self, device, driver):
+            return device.match in driver.id_table or driver.broken
+
+    broken = kit.Taker("aaa", ())
+    with Registry([Picky(), card, taker, broken]) as registry:
+        taker.broken = False
+        yield registry
+
+
+def test_a_driver_that_cannot_be_matched_keeps_nobody_from_the_others(unmatched, taker, caplog):
+    mdev = unmatched.create("card-1")
+    assert mdev.driver == "taker"
+    reason = "match failed: AttributeError: 'Taker' object has no attribute 'broken'"
+    assert f"driver aaa is passed over: {mdev}: {reason}" in caplog.text
+    unmatched.unbind(mdev.uuid)
+    unmatched.attach(mdev.uuid)
+    assert mdev.driver == "taker"
+
+
+def test_a_driver_that_cannot_be_matched_is_named_when_there_is_no_other(unmatched, card, taker, fails):
+    card.class_id = 2
+    text = fails(errno.EIO, unmatched.create, "card-1")
+    assert text.startswith("driver aaa: device ")
+    assert text.endswith(": match failed: AttributeError: 'Taker' object has no attribute 'broken'")
+    unmatched.unregister_driver("bench", "aaa")
+    assert "no driver for bench:c02 is installed" in fails(errno.ENODEV, unmatched.create, "card-1")
+
+
 # -- bind and unbind by hand -------------------------------------------------------------------------------------------
 
 

@@ -167,6 +167,62 @@ def test_an_attach_that_fails_for_good_ends_the_waiting(registry, taker, waiting
     assert (mdev.state, registry._core._deferred) == ("unbound", {})
 
 
+# -- a probe that adds devices and then asks to be deferred --------------------------------------------------------------
+
+
+class Impatient:
+    """A probe that adds a clock, which binds, takes it away, and asks to be deferred."""
+
+    def __init__(self, registry):
+        self.registry = registry
+        self.asked = 0
+        self.ready = False
+
+    def __call__(self, device):
+        self.asked += 1
+        assert self.asked < 9, "it wakes itself for ever"
+        clock = Device("clock", "bench", device)
+        self.registry.add_device(clock)
+        assert clock.state is State.BOUND
+        if not self.ready:
+            self.registry.del_device(clock)
+            raise ProbeDeferredError(f"{device}: the firmware is missing", device)
+
+
+@pytest.mark.parametrize("how", ["create", "attach", "bind"])
+def test_what_a_deferred_probe_bound_wakes_nobody(registry, taker, other, how):
+    probe = taker.on_probe = Impatient(registry)
+    mdev = registry.create("card-1", bind=how == "create")
+    if how == "attach":
+        registry.attach(mdev.uuid)
+    elif how == "bind":
+        registry.bind(mdev.uuid, "taker")
+    assert (mdev.state, probe.asked) == ("deferred", 1)
+    bind_something(registry, "second")
+    assert (mdev.state, probe.asked) == ("deferred", 2)
+    probe.ready = True
+    bind_something(registry, "second")
+    assert mdev.state is State.BOUND
+    registry.del_device(mdev.children["clock"])
+
+
+def test_what_is_bound_below_a_device_by_somebody_else_wakes_at_once(registry, taker, kit, thread, other):
+    """The device below may stay, whatever becomes of the probe that another thread is in."""
+    waiting = taker.on_probe = Waiting()
+    early = registry.create("card-1")
+    late = registry.create("card-1", bind=False)
+    gate = kit.Gate()
+    taker.on_probe = lambda device: gate() if device is late else waiting(device)
+    attaching = thread(registry.attach, late.uuid)
+    gate.wait()
+    waiting.ready = True
+    registry.add_device(Device("clock", "bench", late))
+    assert early.state is State.BOUND
+    gate.open()
+    attaching.result(kit.PATIENCE)
+    registry.del_device(late.children["clock"])
+
+
 # -- no wake-up is lost ------------------------------------------------------------------------------------------------
 
 
@@ -257,18 +313,21 @@ def test_a_probe_that_hangs_does_not_hold_up_the_creation_of_others(registry, ta
 
 
 def test_a_probe_that_adds_a_device_of_its_own(registry, taker, other):
-    """As virtio_mdev does: the nested bind retries what is deferred from inside the outer probe."""
+    """As virtio_mdev does: what is bound inside wakes others when the outer probe has succeeded."""
     waiting = taker.on_probe = Waiting()
     early = registry.create("card-1")
+    states = []
 
     def probe(device):
         waiting(device)
         if device is not early:
             registry.add_device(Device("clock", "bench", device))
+            states.append(early.state)
 
     taker.on_probe = probe
     waiting.ready = True
     mdev = registry.create("card-1")
+    assert states == [State.DEFERRED]
     assert [device.state for device in (early, mdev, mdev.children["clock"])] == [State.BOUND] * 3
     registry.del_device(mdev.children["clock"])
 

@@ -72,6 +72,27 @@ def test_units_set_aside_are_taken_once_and_outlive_their_device(fails):
     assert (pool.free, pool.holders) == (2, {})
 
 
+def test_units_set_aside_must_suffice(fails):
+    """Else devices would be made of more units than there are."""
+    ports, memory = Pool("ports", 4), Pool("MiB", 4)
+    ports.set_aside(2, "a")
+    text = fails(errno.EINVAL, reserve, {memory: 1, ports: 3}, "a", "type T")
+    assert text == "type T: 2 ports are set aside for a, 3 are wanted"
+    assert (ports.holders, memory.holders) == ({"a": 2}, {})
+    reserve({memory: 1, ports: 1}, "a", "type T")
+    assert (ports.free, memory.free) == (2, 3)
+
+
+def test_a_device_that_is_larger_than_what_was_set_aside_is_not_created(registry, card, fails):
+    uuid = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+    card.pool.set_aside(1, uuid)
+    text = fails(errno.EINVAL, registry.create, "card-2", uuid=uuid)
+    assert text == f"type card-2: 1 ports are set aside for {uuid}, 2 are wanted"
+    registry.create("card-1", uuid=uuid)
+    registry.remove(uuid)
+    card.pool.give_back(uuid)
+
+
 def test_units_given_back_while_their_device_goes_are_free_once():
     pool = Pool("ports", 2)
     pool.set_aside(2, "a")

@@ -439,6 +439,11 @@ WRONG_DRIVERS = {
     "lines": (good(ids=["c01"]), ["acme_drv.acme.c01", "acme_drv.acme.c02"], "its id table is c01, its entry points say c01, c02"),
     "name": (good(), ["someone.acme.c01"], "its entry point says someone on bus acme, it says acme_drv on acme"),
     "kind": (good().replace("(Driver)", ""), ["acme_drv.acme.c01"], "lone:AcmeDriver() returned a AcmeDriver object, not a Driver"),
+    "none": (
+        good().replace("('c01',)", "None"),
+        ["acme_drv.acme.c01"],
+        "driver acme_drv: its id table None is not a sequence of strings",
+    ),
     "import": ("import nothing_like_this", ["acme_drv.acme.c01"], "ModuleNotFoundError: No module named 'nothing_like_this'"),
 }
 

@@ -13,7 +13,12 @@ class Powered(Bus):
 
     def __init__(self):
         self.calls = []
-        self.on_suspend = self.on_resume = lambda device: None
+        self.on_suspend = self.on_resume = self.on_uevent = lambda device: None
+
+    @hookimpl
+    def bus_uevent(self, device):
+        self.on_uevent(device)
+        return device.uevent()
 
     @hookimpl
     def bus_suspend(self, device):
@@ -165,6 +170,36 @@ def test_probes_are_deferred_while_everything_sleeps(system, taker):
     assert (new.state, unbound.state) == ("bound", "bound")
 
 
+def test_a_resume_before_the_create_it_deferred_is_parked(system, bus):
+    """Nobody binds anything after it: the resume is what the device waits for."""
+
+    def resume(device):
+        bus.on_uevent = lambda device: None
+        system.resume()
+
+    system.suspend()
+    bus.on_uevent = resume
+    assert system.create("card-1").state is State.BOUND
+
+
+def test_a_suspend_that_fails_before_the_create_it_deferred_is_parked(system, bus, card, kit, thread):
+    gate = kit.Gate()
+
+    def suspend(parent):
+        gate()
+        refuse()
+
+    def fail(device):
+        bus.on_uevent = lambda device: None
+        gate.open()
+        assert isinstance(suspending.exception(kit.PATIENCE), OSError)
+
+    card.on_suspend, bus.on_uevent = suspend, fail
+    suspending = thread(system.suspend)
+    gate.wait()
+    assert system.create("card-1").state is State.BOUND
+
+
 def test_probes_are_deferred_while_the_device_or_its_parent_sleeps(system):
     unbound = system.create("card-1", bind=False)
     system.suspend(unbound.uuid)
@@ -248,6 +283,149 @@ def test_a_device_that_goes_is_left_out(system, taker, kit, thread):
     system.resume()
     gate.open()
     removing.result(kit.PATIENCE)
+
+
+# -- what comes, and what does not go after all --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def holding(system, taker, kit, thread):
+    """A device whose removal waits for its user, who will hold on: returns it, the gate, and what becomes of the removal."""
+    gate = kit.Gate()
+
+    def hold(device, timeout, force):
+        if not force:
+            gate()
+            raise OSError(errno.EBUSY, "in use by pid 1")
+
+    taker.on_let_go = hold
+    mdev = system.create("card-1")
+
+    def begin():
+        removing = thread(system.remove, mdev.uuid)
+        gate.wait()
+        return removing
+
+    return mdev, gate, begin
+
+
+@pytest.mark.parametrize("target", ["device", "card", None])
+@pytest.mark.parametrize("call", ["suspend", "resume"])
+def test_a_device_whose_removal_is_refused_is_not_left_out(system, holding, bus, kit, thread, fails, call, target):
+    mdev, gate, begin = holding
+    target = mdev.uuid if target == "device" else target
+    if call == "resume":
+        system.suspend(target)
+    removing = begin()
+    calling = thread(getattr(system, call), target)
+    kit.until(lambda: mdev.lock._waiters)
+    assert not calling.done()
+    gate.open()
+    fails(errno.EBUSY, removing.result, kit.PATIENCE)
+    calling.result(kit.PATIENCE)
+    assert (mdev.state, mdev.suspended) == ("bound", call == "suspend")
+    assert (call, mdev.name) in bus.calls
+
+
+@pytest.mark.parametrize("call", ["suspend", "resume"])
+def test_a_sleep_asked_for_by_whoever_may_refuse_a_removal(system, taker, fails, call):
+    mdev = system.create("card-1")
+    texts = []
+    taker.on_let_go = lambda device, timeout, force: texts.append(fails(errno.EDEADLK, getattr(system, call)))
+    system.remove(mdev.uuid)
+    assert texts == [f"{mdev} is removing on this very thread"]
+
+
+def test_a_create_while_its_parent_is_being_suspended(system, card, kit, thread):
+    """The list of what is to be suspended is made already: the newcomer must not run."""
+    made = []
+    card.on_suspend = lambda parent: made.append(thread(system.create, "card-1").result(kit.PATIENCE))
+    system.suspend("card")
+    assert (made[0].state, str(made[0].error)) == ("deferred", f"{made[0]}: parent card is being suspended")
+    system.resume("card")
+    assert made[0].state is State.BOUND
+
+
+@pytest.mark.parametrize("target", ["card", None])
+def test_a_create_that_was_past_its_probe_when_its_parent_was_suspended(system, bus, taker, target):
+    """The driver has it, but nobody could have told the driver to quiesce it: the probe is taken back."""
+
+    def suspend(device):
+        bus.on_uevent = lambda device: None
+        assert device.driver == "taker"
+        system.suspend(target)
+
+    bus.on_uevent = suspend
+    mdev = system.create("card-1")
+    assert (mdev.state, mdev.driver, mdev.endpoint, taker.held) == ("deferred", None, None, {})
+    assert str(mdev.error) == f"{mdev}: parent card is suspended"
+    system.resume(target)
+    assert (mdev.state, list(taker.held)) == ("bound", [mdev.name])
+
+
+def test_a_create_whose_sleep_has_ended_when_its_probe_is_to_be_taken_back(system, bus, taker, monkeypatch):
+    def suspend(device):
+        bus.on_uevent = lambda device: None
+        system.suspend()
+
+    put_off = system._core.put_off
+
+    def late(device):
+        system.resume()
+        put_off(device)
+
+    bus.on_uevent = suspend
+    monkeypatch.setattr(system._core, "put_off", late)
+    mdev = system.create("card-1")
+    assert (mdev.state, mdev.error) == ("bound", None)
+    assert taker.calls.count(("probe", mdev.name)) == 1
+
+
+def test_an_interrupt_while_a_probe_is_taken_back_leaves_nothing(system, bus, card, taker):
+    def suspend(device):
+        bus.on_uevent = lambda device: None
+        system.suspend()
+        taker.on_remove = interrupt
+
+    bus.on_uevent = suspend
+    with pytest.raises(KeyboardInterrupt):
+        system.create("card-1")
+    taker.on_remove = lambda device: None
+    assert (system.mdevs, card.alive, taker.held, card.pool.free) == ([], {}, {}, 8)
+
+
+def test_what_is_added_below_a_device_while_that_is_being_suspended(system, taker, kit, thread):
+    mdev = system.create("card-1")
+    child = Device("virtio0", "bench", mdev)
+    taker.on_suspend = lambda device: thread(system.add_device, child).result(kit.PATIENCE)
+    system.suspend(mdev.uuid)
+    assert (child.state, str(child.error)) == ("deferred", f"{child}: {mdev} is being suspended")
+    system.resume(mdev.uuid)
+    assert child.state is State.BOUND
+    system.del_device(child)
+
+
+def test_devices_of_the_parent_itself_and_those_of_nobody(system, bus, kit):
+    """They sleep too: the parent's own after its mdevs, which may use them; those of nobody last of all."""
+    for name in ("clock", "bridge"):
+        system.register_driver(kit.Taker(name, (name,)))
+        system.drivers[-1].calls = bus.calls
+    clock, bridge = Device("clock", "bench"), Device("bridge", "bench", system.parent("card"))
+    system.add_device(clock)
+    system.add_device(bridge)
+    mdev = system.create("card-1")
+    calls(bus)
+    system.suspend("card")
+    assert [name for what, name in calls(bus) if what == "suspend"] == [mdev.name, "bridge", "card"]
+    system.suspend()
+    assert [name for what, name in calls(bus) if what == "suspend"] == ["clock"]
+    assert all(item.suspended for item in (clock, bridge, mdev))
+    system.resume()
+    assert [name for what, name in calls(bus) if what == "resume"] == ["clock", "card", "bridge", mdev.name]
+    assert not any(item.suspended for item in (clock, bridge, mdev))
+
+
+# -- calls back ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", ["suspend", "resume"])

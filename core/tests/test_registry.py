@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import sys
+from importlib.metadata import EntryPoint
+from types import ModuleType
 from uuid import UUID, uuid4
 
 import pytest
 from mdevkit import Attribute, Bus, Device, Driver, Int, ParentOps, Pool, Registry, State, hookimpl
 from mdevkit.dispatch import implementations
+from mdevkit.plugins import Catalog, Plugin
 
 UUIDS = [UUID(f"{prefix}0000000-0000-4000-8000-00000000000{prefix}") for prefix in "1234567"]
 
@@ -118,6 +122,51 @@ def test_a_parent_that_could_not_be_registered_may_try_again(kit):
             registry.register_parent(second)
         registry.unregister_parent("card")
         registry.register_parent(second)
+
+
+def test_of_several_parents_none_is_seen_before_the_last_is_checked(kit, fails, monkeypatch):
+    """To take one back would be to wait for its creates, which may wait for the catalog that is locked meanwhile."""
+    seen = []
+
+    class Second(kit.Card):
+        @property
+        def driver_name(self):
+            seen.extend(registry.parents)
+            raise ZeroDivisionError("in the vendor's code")
+
+        @driver_name.setter
+        def driver_name(self, value):
+            pass
+
+    pair = [kit.Card("first"), Second("second")]
+    vendor = ModuleType("acme_pair")
+    vendor.pair = lambda: pair
+    monkeypatch.setitem(sys.modules, "acme_pair", vendor)
+    plugin = Plugin(EntryPoint("acme", "acme_pair:pair", "mdevkit.parents"))
+    with Registry(catalog=Catalog([plugin])) as registry:
+        assert "Second cannot be registered: ZeroDivisionError" in fails(errno.ENOEXEC, registry.use, plugin)
+        assert (seen, registry.parents, registry.events.last) == ([], [], 0)
+        assert pair[0].calls == [], "what was never registered is not unregistered"
+        registry.register_parent(pair[0])
+
+
+def test_several_parents_of_one_name(kit, fails):
+    pair = [kit.Card("twin"), kit.Card("twin")]
+    with Registry() as registry:
+        assert fails(errno.EEXIST, registry._register_parents, pair) == "parent twin is already registered"
+        assert registry.parents == []
+        for card in pair:
+            registry.register_parent(card)
+            registry.unregister_parent("twin")
+
+
+def test_a_registry_that_could_not_be_made_leaves_its_plugins_free(kit, fails):
+    card, taker = kit.Card(), kit.Taker()
+    fails(errno.EEXIST, Registry, [kit.Bus(), taker, card, kit.Taker()])
+    fails(errno.EINVAL, Registry, [kit.Bus(), card, kit.Card("")])
+    assert card.calls == [("unregister", "card")] * 2
+    with Registry([kit.Bus(), taker, card]) as registry:
+        assert registry.create("card-1").driver == "taker"
 
 
 def test_two_registries_know_nothing_of_each_other(kit):

@@ -3,10 +3,12 @@
 `DriverCore` holds the buses and drivers of one registry. It changes a device's state only through `Device.claim` and
 `Device.settle`, so no lock is held while a driver runs, and any thread may call. Probing order: the override alone if one is
 set, else every matching driver by name; the first whose probe succeeds wins. A probe that asks to be deferred parks the device
-until another bind succeeds anywhere in the registry; the thread that bound retries the parked ones.
+until another bind succeeds anywhere in the registry, or something is resumed; the thread that did it retries the parked ones.
 
-No wake-up is lost: who probes reads the trigger before and compares after parking, and who binds counts the trigger up before
-looking at what is parked. An interrupt (KeyboardInterrupt in a plugin's code) leaves every device in a state it can rest in.
+No wake-up is lost: who probes reads the trigger before and compares after parking, and who binds or resumes counts the trigger
+up before looking at what is parked. What is bound below a device that is being probed counts when that is bound, else a probe
+that adds a device and then asks to be deferred would wake itself for ever (Linux forbids it, and loops). An interrupt
+(KeyboardInterrupt in a plugin's code) leaves every device in a state it can rest in.
 """
 
 from __future__ import annotations
@@ -14,16 +16,17 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from mdevkit.device import Device, State
 from mdevkit.dispatch import BusHooks, DriverHooks, quietly
-from mdevkit.errors import EPROBE_DEFER, Guard, MdevError, ProbeDeferredError, brief
+from mdevkit.errors import EPROBE_DEFER, Guard, MdevError, ProbeDeferredError, brief, shown
 from mdevkit.events import Action, EventLog
 from mdevkit.hints import missing_driver
+from mdevkit.parent import Parent
 
 if TYPE_CHECKING:
     from mdevkit.bus import Bus
@@ -33,6 +36,14 @@ log = logging.getLogger(__name__)
 
 #: Loads what is installed for a bus and a match (or a driver's name), and returns the error of a plugin that failed.
 LoadDrivers = Callable[[str, str], MdevError | None]
+
+
+def check_id_table(driver: Driver) -> None:
+    """Raise EINVAL for an id table that buses could not search."""
+    table: object = driver.id_table
+    if isinstance(table, str) or not isinstance(table, Sequence) or not all(isinstance(entry, str) for entry in table):
+        text = f"driver {driver.name}: its id table {shown(table)} is not a sequence of strings"
+        raise MdevError(errno.EINVAL, text, driver)
 
 
 class DriverCore:
@@ -55,7 +66,7 @@ class DriverCore:
         self._devices: Final[dict[tuple[str, str], Device]] = {}
         self._lock: Final = threading.Lock()
         self._deferred: Final[dict[Device, None]] = {}
-        #: Counts successful binds: a probe that was deferred across one is tried again at once.
+        #: Counts successful binds and resumes: a probe that was deferred across one is tried again at once.
         self._trigger = 0
         self._retrying = False
         self._again = False
@@ -77,8 +88,9 @@ class DriverCore:
         """Register a driver: EEXIST, EINVAL as for a bus. Devices are bound to it when they ask, not here."""
         with Guard(f"driver {type(driver).__qualname__} cannot be registered", driver):
             bus, name, hooks = driver.bus, driver.name, DriverHooks(driver, self._wrappers)
-        if not name or not bus:
-            raise MdevError(errno.EINVAL, f"driver {type(driver).__qualname__} has no name or no bus", driver)
+            if not name or not bus:
+                raise MdevError(errno.EINVAL, f"driver {type(driver).__qualname__} has no name or no bus", driver)
+            check_id_table(driver)
         with self._lock:
             if (bus, name) in self.drivers:
                 raise MdevError(errno.EEXIST, f"driver {name} is already registered on bus {bus}", driver)
@@ -129,17 +141,28 @@ class DriverCore:
     # -- matching ------------------------------------------------------------------------------------------------------
 
     def candidates(self, device: Device) -> Iterator[DriverHooks]:
-        """Yield the drivers to try: the override alone, or those that match, by name."""
+        """Yield the drivers to try if they match: the override alone, which need not, or those of the bus, by name."""
         if device.driver_override is not None:
             yield self._named(device, device.driver_override)
             return
-        bus = self.bus(device.bus)
         with self._lock:
             here = sorted(name for on, name in self.drivers if on == device.bus)
         for name in here:
             hooks = self.drivers.get((device.bus, name))
-            if hooks is not None and bus.match(device, hooks.driver):
+            if hooks is not None:
                 yield hooks
+
+    def _suits(self, device: Device, hooks: DriverHooks) -> bool:
+        """Whether a candidate is to probe a device. One that cannot be matched is named; its error is one candidate's, no more."""
+        if device.driver_override is not None:
+            return True
+        bus = self.bus(device.bus)
+        try:
+            return bus.match(device, hooks.driver)
+        except MdevError as error:
+            name = hooks.driver.name
+            log.error("driver %s is passed over: %s", name, error)
+            raise MdevError(error.errno or errno.EIO, f"driver {name}: {error}", device) from error
 
     # -- devices that are no mdevs -------------------------------------------------------------------------------------
 
@@ -160,13 +183,16 @@ class DriverCore:
             log.info("%s", error)
 
     def _publish(self, device: Device, env: dict[str, str]) -> None:
+        above = device.parent
         with device.lock:
-            if isinstance(device.parent, Device):
-                if device.parent.state in {State.REMOVING, State.GONE}:
-                    raise MdevError(errno.ENODEV, f"{device}: its parent {device.parent} is {device.parent.state}", device)
-                device.parent.children[device.name] = device
+            if isinstance(above, Device) and above.state in {State.REMOVING, State.GONE}:
+                raise MdevError(errno.ENODEV, f"{device}: its parent {above} is {above.state}", device)
+            if isinstance(above, Parent) and (above.leaving or above.gone):
+                raise MdevError(errno.ENODEV, f"{device}: its {above} is being unregistered", device)
+            if above is not None:
+                above.children[device.name] = device
             device.settle(State.UNBOUND)
-            self._events.emit(Action.ADD, device.name, env)
+            self.tell(device, Action.ADD, env)
 
     def del_device(self, device: Device) -> None:
         """See `Registry.del_device`."""
@@ -176,26 +202,27 @@ class DriverCore:
             steps.callback(self.retire, device)
             steps.callback(self.del_children, device)
             steps.callback(self.withdraw, device)
+            device.depart()
             self.let_go(device, timeout=0.0, force=True)
 
     def _drop_device(self, device: Device) -> None:
         with self._lock:
             del self._devices[device.bus, device.name]
 
-    def del_children(self, device: Device) -> None:
-        """Take away what is left below a device that goes: whoever added it should have."""
-        for child in reversed(list(device.children.values())):
-            log.warning("%s is still there while %s goes", child, device)
+    def del_children(self, above: Device | Parent) -> None:
+        """Take away what is left below a device or parent that goes: whoever added it should have."""
+        for child in reversed(list(above.children.values())):
+            log.warning("%s is still there while %s goes", child, above)
             quietly(partial(self.del_device, child))
 
     def retire(self, device: Device) -> None:
         """Make a device that is withdrawn from its driver be gone, and tell."""
         env = self.uevent(device)
         with device.lock:
-            siblings = device.parent.children if isinstance(device.parent, Device) else {}
-            siblings.pop(device.name, None)
+            if device.parent is not None:
+                device.parent.children.pop(device.name, None)
             device.settle(State.GONE)
-            self._events.emit(Action.REMOVE, device.name, env)
+            self.tell(device, Action.REMOVE, env)
 
     @property
     def devices(self) -> list[Device]:
@@ -227,6 +254,8 @@ class DriverCore:
         failure: MdevError | None = None
         for hooks in self.candidates(device):
             try:
+                if not self._suits(device, hooks):
+                    continue
                 self.probe(device, hooks)
             except MdevError as error:
                 if error.errno == EPROBE_DEFER:
@@ -238,9 +267,16 @@ class DriverCore:
         raise deferral or failure or missing_driver(device, broken)
 
     def probe(self, device: Device, hooks: DriverHooks) -> None:
-        """Let one driver probe a device (really_probe); undone in reverse order when it fails."""
-        if sleeper := self._asleep(device):
-            raise ProbeDeferredError(f"{device}: {sleeper} is suspended", device)
+        """Let one driver probe a device; undone in reverse order when it fails."""
+        if sleeps := self.asleep(device):
+            raise ProbeDeferredError(f"{device}: {sleeps}", device)
+        device.prober = threading.get_ident()
+        try:
+            self._really_probe(device, hooks)
+        finally:
+            device.prober = None
+
+    def _really_probe(self, device: Device, hooks: DriverHooks) -> None:
         bus = self.bus(device.bus)
         with ExitStack() as undo:
             self._take(device, hooks)
@@ -251,14 +287,23 @@ class DriverCore:
             device.driver, device.error = hooks.driver.name, None
             undo.pop_all()
 
-    def _asleep(self, device: Device) -> object:
-        """Return what is suspended of the device and everything above it, None when it may be probed."""
-        above: object = device
-        while isinstance(above, Device) and not above.suspended:
-            above = above.parent
-        if getattr(above, "suspended", False):
-            return above
-        return "the system" if self.suspended else None
+    def asleep(self, device: Device) -> str | None:
+        """Tell what sleeps of the device and everything above it, None when it may be probed."""
+        above: Device | Parent | None = device
+        while above is not None:
+            if above.suspended or above.suspending:
+                return f"{above} is {'suspended' if above.suspended else 'being suspended'}"
+            above = above.parent if isinstance(above, Device) else None
+        return "the system is suspended" if self.suspended else None
+
+    def put_off(self, device: Device) -> None:
+        """Take back the probe of a device that nobody can see yet, as if it had been deferred, if it would run among sleepers.
+
+        A suspend that began during the probe does not know of the device.
+        """
+        if sleeps := self.asleep(device):
+            self.release(device)
+            device.error = ProbeDeferredError(f"{device}: {sleeps}", device)
 
     def _take(self, device: Device, hooks: DriverHooks) -> None:
         """Note that a driver has the device in hand; ENODEV when the driver is leaving."""
@@ -365,7 +410,7 @@ class DriverCore:
             raise
         else:
             self.announce(device, State.BOUND, Action.BIND)
-            self.bind_succeeded()
+            self._bound(device)
 
     def _park(self, device: Device, state: State) -> None:
         if state is State.DEFERRED:
@@ -383,7 +428,19 @@ class DriverCore:
                 env["DRIVER"] = device.driver
             with device.lock:
                 device.settle(state)
-                self._events.emit(action, device.name, env | more)
+                self.tell(device, action, env | more)
+
+    def tell(self, device: Device, action: Action, env: dict[str, str]) -> None:
+        """Emit an event of a device, in its order: what is below a device that is being created comes after that one's ADD.
+
+        If that creation fails, nobody hears of either.
+        """
+        with device.lock:
+            held = device.root.held
+            if held is None:
+                self._events.emit(action, device.name, env)
+            else:
+                held.append(partial(self._events.emit, action, device.name, env))
 
     def uevent(self, device: Device) -> dict[str, str]:
         """Return the event variables of a device; what a broken bus cannot tell is left out."""
@@ -417,7 +474,7 @@ class DriverCore:
 
     @property
     def trigger(self) -> int:
-        """The number of successful binds so far; read it before a probe and give it to `retry_since`."""
+        """The number of successful binds and resumes so far; read it before a probe and give it to `retry_since`."""
         return self._trigger
 
     def defer(self, device: Device) -> None:
@@ -429,9 +486,9 @@ class DriverCore:
     def retry_since(self, trigger: int, device: Device) -> None:
         """After a probe: retry if `device` was bound (others may wait for it), or was deferred across somebody's bind."""
         if device.driver is not None:
-            self.bind_succeeded()
+            self._bound(device)
         elif self._trigger != trigger:
-            self.retry_deferred()
+            self._retry_deferred()
 
     def withdraw(self, device: Device) -> None:
         """Take a device that goes away from its driver and from the pending list; the caller has claimed it."""
@@ -441,17 +498,26 @@ class DriverCore:
             try:
                 self.release(device)
             finally:
-                self._events.emit(Action.UNBIND, device.name, env)
+                self.tell(device, Action.UNBIND, env)
 
-    def bind_succeeded(self) -> None:
-        """Note that a device was bound: what waits may find what it waited for."""
+    def _bound(self, device: Device) -> None:
+        """Note that a device was bound, unless that is part of a probe on this thread that is yet to succeed."""
+        here, above = threading.get_ident(), device.parent
+        while isinstance(above, Device):
+            if above.prober == here:
+                return
+            above = above.parent
+        self.wake()
+
+    def wake(self) -> None:
+        """Note a bind or a resume: what waits may find what it waited for. With no lock held."""
         with self._lock:
             self._trigger += 1
             if not self._deferred:
                 return
-        self.retry_deferred()
+        self._retry_deferred()
 
-    def retry_deferred(self) -> None:
+    def _retry_deferred(self) -> None:
         """Probe every parked device again until none of them binds. One thread retries; others leave it to that one."""
         with self._lock:
             self._again = True
@@ -495,7 +561,7 @@ class DriverCore:
         else:
             self._forget(device)
             self.announce(device, State.BOUND, Action.BIND)
-            self.bind_succeeded()
+            self._bound(device)
 
     def _forget(self, device: Device) -> None:
         with self._lock:

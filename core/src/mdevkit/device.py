@@ -8,8 +8,10 @@ of a transition waits, except on its own thread, where that would wait for itsel
 from __future__ import annotations
 
 import errno
+import logging
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
     from mdevkit.driver import Endpoint
     from mdevkit.parent import MdevType, Parent
     from mdevkit.registry import Registry
+
+
+log = logging.getLogger(__name__)
+
+#: Seconds in which attribute calls that are running have to return when their device is removed.
+DRAIN_LIMIT = 5.0
 
 
 class State(StrEnum):
@@ -77,8 +85,16 @@ class Device:
         #: The registry it lives in: through it a driver adds devices below this one. Set before anybody else sees the device.
         self.registry: Registry | None = None
         self.suspended = False
+        #: Being suspended, with all that is below it: nothing there is probed from now on.
+        self.suspending = False
+        #: While it is being created: what is to be told of the devices below it once its own ADD has been. None: tell at once.
+        self.held: list[Callable[[], object]] | None = None
+        #: The thread inside a driver's probe of this device.
+        self.prober: int | None = None
         #: Devices below this one, in the order they were added.
         self.children: dict[str, Device] = {}
+        #: Set by a removal from where it cannot be refused any more.
+        self.departing = False
         self._owner: int | None = None
 
     def __str__(self) -> str:
@@ -93,6 +109,14 @@ class Device:
     def modalias(self) -> str:
         """``<bus>:<match>``, by which a driver's package is found."""
         return f"{self.bus}:{self.match}"
+
+    @property
+    def root(self) -> Device:
+        """The device at the top of the tree: this one, or the one that has no device above it."""
+        device = self
+        while isinstance(device.parent, Device):
+            device = device.parent
+        return device
 
     def uevent(self) -> dict[str, str]:
         """Return the variables every event of this device carries."""
@@ -124,6 +148,11 @@ class Device:
             raise MdevError(errno.EAGAIN, f"{self} is {self.state}; try again", self)
 
     @property
+    def undecided(self) -> bool:
+        """Whether a removal runs that may yet be refused, and leave the device as it was."""
+        return self.state is State.REMOVING and not self.departing
+
+    @property
     def claimed_here(self) -> bool:
         """Whether the calling thread is inside a transition of this device."""
         return self._owner == threading.get_ident()
@@ -133,6 +162,12 @@ class Device:
         with self.lock:
             self.state = state
             self._owner = None
+            self.lock.notify_all()
+
+    def depart(self) -> None:
+        """Note that the removal that is running cannot be refused any more; whoever waits for its outcome knows it now."""
+        with self.lock:
+            self.departing = True
             self.lock.notify_all()
 
 
@@ -157,6 +192,8 @@ class Mdev(Device):
         self.listen: Listen = listen_at
         self._class_id = 0
         self._ops: Any = None
+        #: How many calls of an attribute each thread is inside; none while no attribute was ever used.
+        self._inside: dict[int, int] | None = None
 
     @property
     def class_id(self) -> int:
@@ -173,18 +210,61 @@ class Mdev(Device):
         return {"MODALIAS": self.modalias, "MDEV_TYPE": self.type.id, "MDEV_PARENT": self.parent.name}
 
     def get_attribute(self, name: str) -> Any:
-        """Read an attribute: ENOENT, EACCES, ENODEV once the device is gone, or what the vendor raises."""
-        self._check_alive()
+        """Read an attribute: ENOENT, EACCES, ENODEV once the device goes, or what the vendor raises."""
         return self.type.device_table.read(name, self)
 
     def set_attribute(self, name: str, value: Any) -> None:
-        """Check and set an attribute: ENOENT, EACCES, EINVAL, ENODEV once the device is gone, or what the vendor raises."""
-        self._check_alive()
+        """Check and set an attribute: ENOENT, EACCES, EINVAL, ENODEV once the device goes, or what the vendor raises."""
         self.type.device_table.write(name, value, self)
 
-    def _check_alive(self) -> None:
-        if self.state is State.GONE:
-            raise MdevError(errno.ENODEV, f"{self} is gone", self)
+    @contextmanager
+    def in_attribute(self) -> Iterator[None]:
+        """Be inside a call of an attribute (kernfs_get_active): the vendor's remove waits for it; ENODEV once the device goes."""
+        inside = self._enter_attribute()
+        try:
+            yield
+        finally:
+            self._leave_attribute(inside)
+
+    def _enter_attribute(self) -> dict[int, int]:
+        here = threading.get_ident()
+        with self.lock:
+            if self.departing:
+                what = "gone" if self.state is State.GONE else "being removed"
+                raise MdevError(errno.ENODEV, f"{self} is {what}", self)
+            if self._inside is None:
+                self._inside = {}
+            self._inside[here] = self._inside.get(here, 0) + 1
+            return self._inside
+
+    def _leave_attribute(self, inside: dict[int, int]) -> None:
+        here = threading.get_ident()
+        with self.lock:
+            inside[here] -= 1
+            if not inside[here]:
+                del inside[here]
+                if self.departing:
+                    self.lock.notify_all()
+
+    @property
+    def in_attribute_here(self) -> bool:
+        """Whether the calling thread is inside a call of an attribute of this device."""
+        return self._inside is not None and threading.get_ident() in self._inside
+
+    def depart(self) -> None:
+        """See `Device.depart`; refuse attributes from now on and wait for those in use (kernfs_drain).
+
+        The calling thread's own is not waited for, so that an attribute can remove its device (device_remove_file_self); after
+        that, its vendor must not touch what the remove has freed. Nor does one that never returns keep the device for ever, as it
+        would in Linux: after `DRAIN_LIMIT` the removal goes on, and its vendor is named.
+        """
+        super().depart()
+        if not self._inside:  # nobody enters any more
+            return
+        with self.lock:
+            calm = self.lock.wait_for(lambda: not self._inside or not self._inside.keys() - {threading.get_ident()}, DRAIN_LIMIT)
+        if not calm:
+            log.error("%s: an attribute of %s does not return; it is removed all the same", self, self.parent)
 
     def _set_class(self, class_id: int, ops: Any) -> None:
         """Set class id and ops together, once, inside create; for the typed setters of the buses.

@@ -39,7 +39,9 @@ class ParentSpec:
     def parent_remove(self, mdev: Mdev) -> None:
         """Take the device down and free what it holds. Required. It is unbound already, and cannot be kept: errors are logged only.
 
-        Called once for each create that returned, also when the create failed later (no class set, the driver's probe failed).
+        No attribute of the device is in use any more, but for one that removes its own device on this thread, or has not returned
+        for seconds. Called once for each create that returned, also when the create failed later (no class set, the driver's
+        probe failed).
         """
 
     @hookspec(firstresult=True)
@@ -91,6 +93,8 @@ class DriverSpec:
         """Take the device and return what it offers to the outside, if anything. Required.
 
         ENODEV: not mine. `ProbeDeferredError`: later. Anything else: failed. After a failure the next matching driver is tried.
+        A probe that raises takes away the devices it has added below this one first. Those that bind wake deferred probes when
+        this probe has succeeded, not before, so that asking to be deferred after adding one does not wake this very probe.
         """
 
     @hookspec(firstresult=True)

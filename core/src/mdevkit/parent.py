@@ -20,7 +20,7 @@ from mdevkit.errors import MdevError, shown
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from mdevkit.device import Mdev
+    from mdevkit.device import Device, Mdev
     from mdevkit.dispatch import ParentHooks
 
 #: available_instances of a type that takes from no pool (INT_MAX, as mvnet_loopback reports).
@@ -62,7 +62,8 @@ class Pool:
     def set_aside(self, units: int, holder: str, subject: Any = None) -> None:
         """Take units ahead for the device with UUID `holder`, whose creation then takes no more (devlink's port add).
 
-        ENOSPC as for a create; EEXIST if `holder` has units already; EINVAL for less than one.
+        ENOSPC as for a create; EEXIST if `holder` has units already; EINVAL for less than one. A creation that would need more
+        units than these is EINVAL too.
         """
         if units < 1:
             raise MdevError(errno.EINVAL, f"{units} {self.name} cannot be set aside: 1 is the least", self)
@@ -84,6 +85,11 @@ class Pool:
     def _check(self, units: int, subject: Any) -> None:
         if units > self.free:
             raise MdevError(errno.ENOSPC, f"{subject}: no instance available: {self._shortage(units)}", subject)
+
+    def _check_ahead(self, units: int, holder: Hashable, subject: Any) -> None:
+        if units > self._holders[holder]:
+            held = f"{self._holders[holder]} {self.name} are set aside for {holder}"
+            raise MdevError(errno.EINVAL, f"{subject}: {held}, {units} are wanted", subject)
 
     def _hold(self, units: int, holder: Hashable) -> None:
         self._used += units
@@ -107,14 +113,17 @@ def check_room(costs: Mapping[Pool, int], subject: Any) -> None:
 def reserve(costs: Mapping[Pool, int], holder: Hashable, subject: Any) -> None:
     """Take units from every pool, or from none: ENOSPC says what is short and who holds it.
 
-    Pools in which `holder` has units set aside have given them already.
+    Pools in which `holder` has units set aside have given them already: EINVAL if those are too few.
     """
     with ExitStack() as stack:
         for pool in sorted(costs, key=id):
             stack.enter_context(pool._lock)
         wanted = {pool: units for pool, units in costs.items() if holder not in pool._ahead}
-        for pool, units in wanted.items():
-            pool._check(units, subject)
+        for pool, units in costs.items():
+            if pool in wanted:
+                pool._check(units, subject)
+            else:
+                pool._check_ahead(units, holder, subject)
         for pool, units in wanted.items():
             pool._hold(units, holder)
 
@@ -126,6 +135,20 @@ def release(costs: Mapping[Pool, int], holder: Hashable) -> None:
             if holder not in pool._ahead:
                 # What was set aside may have been given back while the device went.
                 pool._used -= pool._holders.pop(holder, 0)
+
+
+class DeviceTable(AttributeTable):
+    """The attributes of devices: their removal waits for the calls that are running, and refuses others (ENODEV)."""
+
+    def read(self, name: str, subject: Mdev) -> Any:
+        """See `AttributeTable.read`."""
+        with subject.in_attribute():
+            return super().read(name, subject)
+
+    def write(self, name: str, value: Any, subject: Mdev) -> None:
+        """See `AttributeTable.write`."""
+        with subject.in_attribute():
+            super().write(name, value, subject)
 
 
 @dataclass(eq=False)
@@ -156,7 +179,7 @@ class MdevType:
             if units < 1:
                 raise MdevError(errno.EINVAL, f"type {self.group} cannot take {units} {pool.name}: 1 is the least", self)
         self.table = AttributeTable(self.attributes)
-        self.device_table = AttributeTable(self.device_attributes)
+        self.device_table = DeviceTable(self.device_attributes)
 
     @property
     def id(self) -> str:
@@ -204,10 +227,14 @@ class Parent:
         self.types: dict[str, MdevType] = {}
         #: Devices that are there, in the order they were created.
         self.mdevs: dict[UUID, Mdev] = {}
+        #: Devices below the parent itself that are no mdevs, in the order they were added.
+        self.children: dict[str, Device] = {}
         self.leaving = False
         #: Unregistered, or never was registered: its types are free for another parent.
         self.gone = False
         self.suspended = False
+        #: See `Device.suspending`.
+        self.suspending = False
         self._visitors: dict[int, int] = {}
         self._check_names()
         self._adopt(list(ops.types))

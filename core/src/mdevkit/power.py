@@ -4,6 +4,11 @@ Buses and drivers get their callbacks as Linux's device power management gives t
 quiesces its device, then the bus; the parent comes when its devices are down. A refusal resumes what was suspended. A device
 is claimed while its callbacks run, so it is not bound, unbound or removed meanwhile. Any thread may call; two at once are
 refused with EBUSY.
+
+Nothing runs below what sleeps. What is to be suspended is marked before its devices are looked up: a probe that finds the mark
+is deferred, so a device that comes later does not run, and one that was in its creation's probe is found when it is published
+(`DriverCore.put_off`). A removal that may yet be refused is waited for: its device may stay. The end of a sleep wakes whatever
+it has deferred.
 """
 
 from __future__ import annotations
@@ -23,6 +28,9 @@ from mdevkit.parent import Parent
 if TYPE_CHECKING:
     from mdevkit.dd import DriverCore
 
+#: Looks up what is to be suspended or resumed.
+Targets = Callable[[], Sequence[Parent | Device]]
+
 
 class Power:
     """Suspends and resumes the devices of one registry."""
@@ -31,38 +39,40 @@ class Power:
         self._core: Final = core
         self._busy: Final = threading.Lock()
 
-    def suspend(self, targets: Sequence[Parent | Mdev], *, everything: bool) -> None:
+    def suspend(self, targets: Targets, *, everything: bool) -> None:
         """See `Registry.suspend`."""
         try:
             with self._alone():
                 self._suspend_all(targets, everything)
-        except MdevError:
+        except BaseException:
             # A probe that was deferred while we tried waits for no other bind.
-            self._core.retry_deferred()
+            self._core.wake()
             raise
 
-    def _suspend_all(self, targets: Sequence[Parent | Mdev], everything: bool) -> None:
+    def _suspend_all(self, targets: Targets, everything: bool) -> None:
         before = self._core.suspended
         self._core.suspended = before or everything
         done: list[Parent | Device] = []
         try:
-            for item in _children_first(targets):
-                self._suspend(item, done)
+            with _marked(targets()) as found:
+                for item in _children_first(found):
+                    self._suspend(item, done)
         except BaseException:
             self._core.suspended = before
             self._resume_all(reversed(done))
             raise
 
-    def resume(self, targets: Sequence[Parent | Mdev], *, everything: bool) -> None:
+    def resume(self, targets: Targets, *, everything: bool) -> None:
         """See `Registry.resume`."""
-        for target in targets:
-            if isinstance(target, Mdev) and target.parent.suspended:
-                raise MdevError(errno.EBUSY, f"{target}: {target.parent} is suspended; resume that", target)
         with self._alone():
+            found = targets()
+            for target in found:
+                if isinstance(target, Mdev) and target.parent.suspended:
+                    raise MdevError(errno.EBUSY, f"{target}: {target.parent} is suspended; resume that", target)
             if everything:
                 self._core.suspended = False
-            errors = self._resume_all(reversed(list(_children_first(targets))))
-        self._core.retry_deferred()
+            errors = self._resume_all(reversed(list(_children_first(found))))
+        self._core.wake()
         if errors:
             raise errors[0]
 
@@ -140,14 +150,32 @@ class Power:
             driver.resume(device)
 
 
-def _claim(device: Device, wanted: State) -> State | None:
-    """Claim a device and return what it was; None when it is going away."""
+@contextmanager
+def _marked(targets: Sequence[Parent | Device]) -> Iterator[Sequence[Parent | Device]]:
+    """Have nothing probed at or below the targets."""
     try:
-        return device.claim(wanted)
-    except MdevError as error:
-        if error.errno == errno.EDEADLK:
-            raise
-        return None
+        for target in targets:
+            target.suspending = True
+        yield targets
+    finally:
+        for target in targets:
+            target.suspending = False
+
+
+def _claim(device: Device, wanted: State) -> State | None:
+    """Claim a device and return what it was; None when it is being created or is going away, once that is certain."""
+    with device.lock:
+        while True:
+            try:
+                return device.claim(wanted)
+            except MdevError as error:
+                if error.errno == errno.EDEADLK:
+                    raise
+            if not device.undecided:
+                return None
+            if device.claimed_here:
+                raise MdevError(errno.EDEADLK, f"{device} is {device.state} on this very thread", device)
+            device.lock.wait()
 
 
 def _collect(errors: list[MdevError], call: Callable[[], None]) -> None:
@@ -157,18 +185,18 @@ def _collect(errors: list[MdevError], call: Callable[[], None]) -> None:
         errors.append(error)
 
 
-def _children_first(targets: Sequence[Parent | Mdev]) -> Iterator[Parent | Device]:
-    """Yield devices, newest first, each after what hangs below it, then their parent; parents newest first."""
+def _children_first(targets: Sequence[Parent | Device]) -> Iterator[Parent | Device]:
+    """Yield the targets, last first, each after everything below it."""
     for target in reversed(targets):
-        if isinstance(target, Parent):
-            for mdev in reversed(list(target.mdevs.values())):
-                yield from _subtree(mdev)
-            yield target
-        else:
-            yield from _subtree(target)
+        yield from _subtree(target)
 
 
-def _subtree(device: Device) -> Iterator[Device]:
-    for child in reversed(list(device.children.values())):
+def _subtree(item: Parent | Device) -> Iterator[Parent | Device]:
+    """Yield what is below an item, newest first, then the item; mdevs before their parent's own devices, which they may use."""
+    with item.lock:  # a device that is published later finds the mark
+        below = list(item.children.values())
+        if isinstance(item, Parent):
+            below.extend(item.mdevs.values())
+    for child in reversed(below):
         yield from _subtree(child)
-    yield device
+    yield item

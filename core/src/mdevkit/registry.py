@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -21,7 +21,7 @@ from typing import Any, Final, Self
 from uuid import UUID, uuid4
 
 from mdevkit.bus import Bus
-from mdevkit.dd import DriverCore
+from mdevkit.dd import DriverCore, check_id_table
 from mdevkit.device import Device, Mdev, State
 from mdevkit.dispatch import ParentHooks, check_wrapper, quietly
 from mdevkit.driver import Driver
@@ -61,7 +61,11 @@ class Registry:
         self._parents: Final[dict[str, Parent]] = {}
         #: Every UUID in use, from the start of its creation to the end of its release.
         self._uuids: Final[dict[UUID, Mdev]] = {}
-        self._take(list(plugins))
+        try:
+            self._take(list(plugins))
+        except BaseException:
+            self.close()  # who gets no registry cannot close it, and its parents' types would belong to it for ever
+            raise
 
     @classmethod
     def discover(cls, *, remove_timeout: float = 5.0) -> Self:
@@ -143,14 +147,23 @@ class Registry:
             raise MdevError(errno.EINVAL, f"its entry point says bus {plugin.name}, it says {product.name}")
         self.register_bus(product)
 
-    def _register_parents(self, product: Any) -> None:
-        """Register one ParentOps or several; all or none."""
+    def _register_parents(self, product: Any) -> list[Parent]:
+        """Register one ParentOps or several; all or none.
+
+        Nobody sees the first before the last is checked: to take one back, its running creates would have to be waited for, and
+        they may wait for the catalog, which is locked here.
+        """
         several: list[Any] = list(product) if isinstance(product, list | tuple) else [product]
-        with ExitStack() as undo:
+        made: list[Parent] = []
+        try:
             for ops in several:
-                parent = self.register_parent(ops)
-                undo.callback(self.unregister_parent, parent.name)
-            undo.pop_all()
+                made.append(self._make_parent(ops))  # noqa: PERF401  (if one fails, those made before it must be known)
+            self._show_parents(made)
+        except BaseException:
+            for parent in made:
+                parent.gone = True
+            raise
+        return made
 
     def _load_drivers(self, bus: str, wanted: str) -> MdevError | None:
         """Load the installed drivers for a match or of a name; return why one that should be there is not."""
@@ -176,6 +189,7 @@ class Registry:
             raise MdevError(errno.EINVAL, f"{lines[0].entry.value}() returned {_kind(driver)}, not a Driver")
         if (driver.name, driver.bus) != (name, bus):
             raise MdevError(errno.EINVAL, f"its entry point says {name} on bus {bus}, it says {driver.name} on {driver.bus}")
+        check_id_table(driver)
         if set(driver.id_table) != matches:
             table, stated = ", ".join(sorted(driver.id_table)), ", ".join(sorted(matches))
             raise MdevError(errno.EINVAL, f"its id table is {table or 'empty'}, its entry points say {stated}")
@@ -200,23 +214,30 @@ class Registry:
 
         EINVAL when it has no name, no types, or breaks the contract; EEXIST when a parent of that name is there.
         """
+        return self._register_parents([ops])[0]
+
+    def _make_parent(self, ops: ParentOps) -> Parent:
+        """Check what a vendor gave and make a parent of it that nobody sees yet."""
         if not isinstance(ops, ParentOps):
             raise MdevError(errno.EINVAL, f"a parent is wanted, not {_kind(ops)}", ops)
         with Guard(f"parent {type(ops).__qualname__} cannot be registered", ops):
-            self._check_new(ops.name, ops)
-            parent = Parent(ops, ParentHooks(ops, self._wrappers))
-        try:
-            with self._lock:
-                self._check_new(parent.name, ops)
+            self._check_new(ops.name, ops, self._parents)
+            return Parent(ops, ParentHooks(ops, self._wrappers))
+
+    def _show_parents(self, made: list[Parent]) -> None:
+        """Let everybody see new parents, all or none."""
+        with self._lock:
+            taken = set(self._parents)
+            for parent in made:
+                self._check_new(parent.name, parent.ops, taken)
+                taken.add(parent.name)
+            for parent in made:
                 self._parents[parent.name] = parent
                 self.events.emit(Action.CHANGE, parent.name, {"MDEV_STATE": "registered"})
-        except BaseException:
-            parent.gone = True
-            raise
-        return parent
 
-    def _check_new(self, name: str, ops: ParentOps) -> None:
-        if name in self._parents:
+    @staticmethod
+    def _check_new(name: str, ops: ParentOps, taken: Collection[str]) -> None:
+        if name in taken:
             raise MdevError(errno.EEXIST, f"parent {name} is already registered", ops)
 
     def unregister_parent(self, name: str) -> None:
@@ -225,13 +246,15 @@ class Registry:
         New creates get ENODEV at once, running ones are waited for. EDEADLK from inside the parent's own create or remove.
         """
         parent = self.parent(name)
-        if any(mdev.claimed_here for mdev in list(parent.mdevs.values())):
+        mdevs, others = list(parent.mdevs.values()), list(parent.children.values())
+        if any(device.claimed_here for device in others) or any(mdev.claimed_here or mdev.in_attribute_here for mdev in mdevs):
             raise MdevError(errno.EDEADLK, f"{parent} cannot be unregistered from inside a call to one of its devices", parent)
         parent.leave()
         try:
             for mdev in reversed(list(parent.mdevs.values())):
                 quietly(partial(self._remove, mdev, 0.0, force=True))
             quietly(lambda: parent.hooks.unregister(parent))
+            self._core.del_children(parent)
         except BaseException:
             parent.stay()  # interrupted: what is left can be unregistered again
             raise
@@ -377,7 +400,7 @@ class Registry:
             with Guard(f"{type_}: create failed", type_):
                 mdev = bus.device_class(uuid, type_, checked)
             mdev.driver_override, mdev.endpoint_path = override or None, endpoint_path
-            mdev.listen, mdev.registry = self.listen, self
+            mdev.listen, mdev.registry, mdev.held = self.listen, self, []
             trigger = self._core.trigger
             with ExitStack() as undo:
                 self._build(mdev, undo)
@@ -385,8 +408,8 @@ class Registry:
                     undo.callback(self._core.release, mdev)
                     self._first_probe(mdev)
                 env = self._core.uevent(mdev)
-                undo.pop_all()
-            self._publish(mdev, env)
+                while not self._publish(mdev, env, undo):
+                    self._core.put_off(mdev)
         finally:
             type_.parent.exit()
         self._core.retry_since(trigger, mdev)
@@ -400,9 +423,17 @@ class Registry:
         undo.callback(release, mdev.type.costs, mdev.name)
         undo.callback(self._core.del_children, mdev)
         mdev.parent.hooks.create(mdev, mdev.params)
-        undo.callback(quietly, lambda: mdev.parent.hooks.remove(mdev))
+        undo.callback(self._unmake, mdev)
         if not mdev.class_id:
             raise MdevError(errno.EINVAL, f"{mdev}: {mdev.parent} set no class and ops in its create", mdev)
+
+    @staticmethod
+    def _unmake(mdev: Mdev) -> None:
+        """Take back the vendor's create of a device whose creation failed later."""
+        try:
+            mdev.depart()
+        finally:
+            quietly(lambda: mdev.parent.hooks.remove(mdev))
 
     def _first_probe(self, mdev: Mdev) -> None:
         """Bind a device that is being created; a deferral is left in ``mdev.error``."""
@@ -413,11 +444,20 @@ class Registry:
                 raise
             mdev.error = brief(error)
 
-    def _publish(self, mdev: Mdev, env: dict[str, str]) -> None:
-        """Let everybody see a device whose creation cannot fail any more."""
+    def _publish(self, mdev: Mdev, env: dict[str, str], undo: ExitStack) -> bool:
+        """Let everybody see a device whose creation cannot fail any more; not one that would run below what sleeps.
+
+        Events come in device_add's order: the device, what its vendor and its driver's probe added below it, its binding.
+        """
         with mdev.lock:
+            if mdev.driver is not None and self._core.asleep(mdev):
+                return False
+            undo.pop_all()
             mdev.parent.mdevs[mdev.uuid] = mdev
+            held, mdev.held = mdev.held or (), None
             self.events.emit(Action.ADD, mdev.name, env)
+            for tell in held:
+                tell()
             if mdev.driver is not None:
                 mdev.settle(State.BOUND)
                 self.events.emit(Action.BIND, mdev.name, {**env, "DRIVER": mdev.driver})
@@ -425,6 +465,7 @@ class Registry:
                 self._core.defer(mdev)
             else:
                 mdev.settle(State.UNBOUND)
+            return True
 
     def _reserve_uuid(self, mdev: Mdev) -> None:
         with self._lock:
@@ -467,7 +508,10 @@ class Registry:
             steps.callback(release, mdev.type.costs, mdev.name)
             steps.callback(self._core.del_children, mdev)
             steps.callback(quietly, lambda: mdev.parent.hooks.remove(mdev))
-            self._core.withdraw(mdev)
+            try:
+                mdev.depart()
+            finally:
+                self._core.withdraw(mdev)
 
     def _retire(self, mdev: Mdev, env: dict[str, str]) -> None:
         with mdev.lock:
@@ -511,18 +555,19 @@ class Registry:
     def suspend(self, target: UUID | str | None = None) -> None:
         """Suspend a device, a parent with its devices, or everything: children before parents.
 
-        The error of a driver that refuses is raised after what was suspended has been resumed. While everything is
-        suspended, probes are deferred.
+        The error of a driver that refuses is raised after what was suspended has been resumed. From the beginning, probes at and
+        below what is suspended are deferred. A removal whose user may yet hold on is waited for.
         """
-        self._power.suspend(self._power_targets(target), everything=target is None)
+        self._power.suspend(partial(self._power_targets, target), everything=target is None)
 
     def resume(self, target: UUID | str | None = None) -> None:
         """Resume what is suspended: parents before children. The first error is raised at the end."""
-        self._power.resume(self._power_targets(target), everything=target is None)
+        self._power.resume(partial(self._power_targets, target), everything=target is None)
 
-    def _power_targets(self, target: UUID | str | None) -> list[Parent | Mdev]:
+    def _power_targets(self, target: UUID | str | None) -> list[Parent | Device]:
         if target is None:
-            return list(self.parents)
+            # What stands on its own comes first, and sleeps last: parents may stand on it.
+            return [*(device for device in self._core.devices if device.parent is None), *self.parents]
         if isinstance(target, str) and target in self._parents:
             return [self._parents[target]]
         if isinstance(target, str) and len(target) != _UUID_LENGTH:
