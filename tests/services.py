@@ -20,6 +20,14 @@ from mdevkit.errors import MdevError
 #: The folder to put on PYTHONPATH for the demo parents.
 PARENTS = Path(__file__).parent / "parents"
 
+#: What starts a program that heeds these signals, also where the tests run under nohup or in the background of a shell.
+HEEDS_SIGNALS = (
+    sys.executable,
+    "-c",
+    "import os, signal, sys; [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)];"
+    "os.execv(sys.argv[1], sys.argv[1:])",
+)
+
 
 def wait_until(true, seconds=10.0, what="it"):
     """Poll for something nobody tells us of."""

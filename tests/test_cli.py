@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.services import HEEDS_SIGNALS
+
 MDEVKIT = Path(sys.executable).with_name("mdevkit")
 UUID = "6a2f9f7c-1c1b-4a58-9c67-6a6d6ff1a001"
 
@@ -51,9 +53,8 @@ def serving(environment):
     started = []
 
     def start(*words):
-        process = subprocess.Popen(
-            [MDEVKIT, "run", *words, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
+        command = [*HEEDS_SIGNALS, MDEVKIT, "run", *words, "--json"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         started.append(process)
         lines = []
         for line in process.stdout:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.services import foreground, private_service, wait_until
+from tests.services import HEEDS_SIGNALS, foreground, private_service, wait_until
 
 BIN = Path(sys.executable).parent
 UUID = "6a2f9f7c-1c1b-4a58-9c67-6a6d6ff1a0f1"
@@ -86,8 +86,9 @@ def test_output_that_cannot_be_written_is_told_in_one_line(service, line, unbuff
 
 
 def test_the_version_tells_it_too(service):
-    done = command(service, "mdevkit", "--version", redirect=">/dev/full")
-    assert (done.returncode, done.stderr.decode()) == (1, f"{FULL} [ENOSPC]\n")
+    for redirect, told in ((">/dev/full", f"{FULL} [ENOSPC]\n"), (">&-", f"{CLOSED} [EBADF]\n")):
+        done = command(service, "mdevkit", "--version", redirect=redirect)
+        assert (done.returncode, done.stderr.decode()) == (1, told)
 
 
 def test_types_without_a_service_tell_it_too(service):
@@ -161,7 +162,7 @@ def test_events_reach_a_pipe_as_they_happen(service):
     environment = {name: value for name, value in service.environment.items() if name != "PYTHONUNBUFFERED"}
     with service.client() as client:
         last = [event["seq"] for event in client.events(0, 0)][-1]
-    words = [BIN / "mdevkit", "events", "--after", str(last - 1), "--json"]
+    words = [*HEEDS_SIGNALS, BIN / "mdevkit", "events", "--after", str(last - 1), "--json"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, env=environment) as process:
         try:
             assert select.select([process.stdout], [], [], 20)[0], "it waits for more before it writes"

@@ -18,16 +18,10 @@ from pathlib import Path
 import pytest
 from mdevkit_vfio.client import VfioUserClient
 
-from tests.services import foreground, private_service, wait_until
+from tests.services import HEEDS_SIGNALS, foreground, private_service, wait_until
 
 Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow: pip install -r requirements-dev.txt")
 MDEVKIT = Path(sys.executable).with_name("mdevkit")
-#: What starts a program that can be interrupted, also where these tests run in the background of a shell, which ignores SIGINT.
-HEEDS_INTERRUPTS = (
-    sys.executable,
-    "-c",
-    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",
-)
 UUID = "6a2f9f7c-1c1b-4a58-9c67-6a6d6ff1a00d"
 GRADIENT = b"".join(bytes([row * 255 // 480]) * 640 * 3 for row in range(480))
 
@@ -107,7 +101,7 @@ def test_a_display_survives_the_death_of_its_host(service, tmp_path):
 def test_watch_writes_the_latest(service, run, tmp_path):
     facts = run("mbochs-small")
     file = tmp_path / "shot.png"
-    command = [*HEEDS_INTERRUPTS, str(MDEVKIT), "screenshot", UUID, str(file), "--watch", "--interval", "0.02"]
+    command = [*HEEDS_SIGNALS, str(MDEVKIT), "screenshot", UUID, str(file), "--watch", "--interval", "0.02"]
     with subprocess.Popen(command, env=service.environment, stderr=subprocess.PIPE, text=True) as watch:
         try:
             with VfioUserClient.connect(facts["socket"]) as client:

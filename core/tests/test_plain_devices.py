@@ -40,6 +40,22 @@ def test_a_plain_device_below_one_that_goes_is_refused(registry, fails):
     registry.add_device(Device("late", "bench"))  # the name is free
 
 
+def test_two_children_of_one_name_cannot_be(registry, kit, fails):
+    """Nor could a folder of sysfs hold both."""
+
+    class Rack(kit.Bus):
+        name = "rack"
+
+    registry.register_bus(Rack())
+    for above in (registry.create("card-1"), registry.parent("card")):
+        first = Device("port0", "bench", above)
+        registry.add_device(first)
+        text = fails(errno.EEXIST, registry.add_device, Device("port0", "rack", above))
+        assert text == f"device port0: {above} has a device of that name already"
+        assert above.children == {"port0": first}
+        registry.del_device(first)
+
+
 def test_children_go_with_their_parent(registry, caplog, events):
     mdev = registry.create("card-1")
     child = Device("child", "bench", mdev)

@@ -229,6 +229,7 @@ def test_a_service_that_a_command_starts_again_has_the_options_of_the_last(servi
             return client.get("/v1/version")["definitions"]
 
     assert service.mdevkit("service", "start", "--definitions", tmp_path / "mine").returncode == 0
+    assert service.mdevkit("service", "start", "--definitions", tmp_path / "mine").returncode == 0, "it does already"
     fails(
         service.mdevkit("service", "start", "--definitions", tmp_path / "other"),
         1,
@@ -248,8 +249,13 @@ def test_a_service_that_a_command_starts_again_has_the_options_of_the_last(servi
     (service.runtime / "options.json").write_text("{")
     failed = service.mdevkit("list", "-d")
     fails(failed, 1, "the options of the last service, cannot be read", "mdevkit service start makes it anew")
-    assert service.mdevkit("service", "start").returncode == 0
+    assert service.mdevkit("service", "start", "--definitions", tmp_path / "mine").returncode == 0
+    service.mdevkit("service", "stop")
+    # What cannot work is not remembered.
+    wrong = service.mdevkit("service", "start", "--group", "nosuchgroup")
+    assert wrong.returncode == 1, wrong
     assert service.mdevkit("list", "-d").returncode == 0
+    assert definitions() == str(tmp_path / "mine")
 
 
 def test_devices_are_listed_where_definitions_cannot_be(service, mdevkit, tmp_path):

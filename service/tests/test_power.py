@@ -86,6 +86,15 @@ def test_what_is_suspended_stays_so_when_its_host_dies(service, client, devices,
         assert not any(parents(later).values())
 
 
+def test_a_device_that_was_woken_otherwise_is_not_suspended_again(service, client, devices):
+    client.post("/v1/suspend", {"device": devices[0]})
+    client.post(f"/v1/devices/{devices[0]}/unbind", {})
+    client.post(f"/v1/devices/{devices[0]}/bind", {"driver": None})
+    assert not any(suspended(client).values())
+    exchange_host(service, client, devices[0])
+    assert not any(suspended(client).values())
+
+
 def test_a_new_device_with_the_uuid_of_a_suspended_one_runs(service, client, devices):
     client.post("/v1/suspend", {"device": devices[0]})
     client.delete(f"/v1/devices/{devices[0]}")

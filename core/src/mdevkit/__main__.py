@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -11,14 +12,13 @@ def main() -> int:
         from mdevkit.version import VERSION
 
         try:
-            print(f"mdevkit {VERSION}", flush=True)  # noqa: T201  (the answer)
+            os.write(1, f"mdevkit {VERSION}\n".encode())
         except OSError as error:
             from mdevkit.cli.output import complain, unwritable
             from mdevkit.errors import MdevError
 
             if isinstance(lost := unwritable(error), MdevError):
                 complain(f"{lost} [{lost.name}]")
-            sys.stdout = None  # or the interpreter tries once more
             return 1
         return 0
     from mdevkit.cli import run

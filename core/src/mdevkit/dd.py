@@ -190,6 +190,8 @@ class DriverCore:
             if isinstance(above, Parent) and (above.leaving or above.gone):
                 raise MdevError(errno.ENODEV, f"{device}: its {above} is being unregistered", device)
             if above is not None:
+                if device.name in above.children:  # on another bus; one folder of sysfs could not hold both
+                    raise MdevError(errno.EEXIST, f"{device}: {above} has a device of that name already", device)
                 above.children[device.name] = device
             device.settle(State.UNBOUND)
             self.tell(device, Action.ADD, env)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -217,16 +216,8 @@ class Mdev(Device):
         """Check and set an attribute: ENOENT, EACCES, EINVAL, ENODEV once the device goes, or what the vendor raises."""
         self.type.device_table.write(name, value, self)
 
-    @contextmanager
-    def in_attribute(self) -> Iterator[None]:
-        """Be inside a call of an attribute (kernfs_get_active): the vendor's remove waits for it; ENODEV once the device goes."""
-        inside = self._enter_attribute()
-        try:
-            yield
-        finally:
-            self._leave_attribute(inside)
-
-    def _enter_attribute(self) -> dict[int, int]:
+    def enter_attribute(self) -> None:
+        """Begin a call of an attribute (kernfs_get_active), which the vendor's remove waits for; ENODEV once the device goes."""
         here = threading.get_ident()
         with self.lock:
             if self.departing:
@@ -235,10 +226,11 @@ class Mdev(Device):
             if self._inside is None:
                 self._inside = {}
             self._inside[here] = self._inside.get(here, 0) + 1
-            return self._inside
 
-    def _leave_attribute(self, inside: dict[int, int]) -> None:
-        here = threading.get_ident()
+    def leave_attribute(self) -> None:
+        """End what `enter_attribute` has begun, on the same thread."""
+        here, inside = threading.get_ident(), self._inside
+        assert inside is not None
         with self.lock:
             inside[here] -= 1
             if not inside[here]:

@@ -142,13 +142,19 @@ class DeviceTable(AttributeTable):
 
     def read(self, name: str, subject: Mdev) -> Any:
         """See `AttributeTable.read`."""
-        with subject.in_attribute():
+        subject.enter_attribute()
+        try:
             return super().read(name, subject)
+        finally:
+            subject.leave_attribute()
 
     def write(self, name: str, value: Any, subject: Mdev) -> None:
         """See `AttributeTable.write`."""
-        with subject.in_attribute():
+        subject.enter_attribute()
+        try:
             super().write(name, value, subject)
+        finally:
+            subject.leave_attribute()
 
 
 @dataclass(eq=False)

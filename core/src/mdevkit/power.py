@@ -7,8 +7,8 @@ refused with EBUSY.
 
 Nothing runs below what sleeps. What is to be suspended is marked before its devices are looked up: a probe that finds the mark
 is deferred, so a device that comes later does not run, and one that was in its creation's probe is found when it is published
-(`DriverCore.put_off`). A removal that may yet be refused is waited for: its device may stay. The end of a sleep wakes whatever
-it has deferred.
+(`DriverCore.put_off`); not so what a vendor's create has added and bound below a device that itself is not bound. A removal that
+may yet be refused is waited for: its device may stay. The end of a sleep wakes whatever it has deferred.
 """
 
 from __future__ import annotations

@@ -243,7 +243,8 @@ class Registry:
     def unregister_parent(self, name: str) -> None:
         """Remove a parent and, by force, every device of it.
 
-        New creates get ENODEV at once, running ones are waited for. EDEADLK from inside the parent's own create or remove.
+        New creates get ENODEV at once, running ones are waited for. EDEADLK from inside a call to the
+        parent or one of its devices, an attribute's too.
         """
         parent = self.parent(name)
         mdevs, others = list(parent.mdevs.values()), list(parent.children.values())

@@ -194,7 +194,7 @@ def test_a_migration_into_the_device_goes_on(attached):
     [
         (MigrationState.STOP, ["stop"]),
         (MigrationState.RUNNING, ["resume"]),
-        (MigrationState.RUNNING_P2P, ["resume", "quiesce"]),
+        (MigrationState.RUNNING_P2P, ["quiesce", "resume"]),
     ],
 )
 def test_a_device_is_told_whether_it_goes_on(state, told):

@@ -139,22 +139,49 @@ def test_the_alarm_fires_where_it_has_migrated_to(alarms: Callable[[], Alarm]) -
     assert not source.fires(0.2)
 
 
-@pytest.mark.parametrize("halted", [False, True])
-def test_the_alarm_fires_in_the_process_that_follows(alarms: Callable[[], Alarm], halted: bool) -> None:
-    source, target = alarms(), alarms()
-    source.set(100)
-    if halted:
-        source.card.migration.set_state(MigrationState.STOP)
+def _successor(alarms: Callable[[], Alarm], source: Alarm) -> Alarm:
+    """What the next process makes of it, after some time in which nobody counted."""
+    target = alarms()
     with source.card.lock:
         state = source.card.checkpoint()
-    time.sleep(0.2)  # nobody counts while there is no process
-    began = time.monotonic()
+    source.set(0)
+    time.sleep(0.2)
     target.card.restore(state)
-    if halted:
-        assert not target.fires(0.2)
-        target.card.migration.set_state(MigrationState.RUNNING)
-    assert target.fires()
-    assert halted or time.monotonic() - began < 0.09, "it was due already"
+    return target
+
+
+def test_the_alarm_fires_in_the_process_that_follows(alarms: Callable[[], Alarm]) -> None:
+    source = alarms()
+    source.set(100)
+    target = _successor(alarms, source)
+    assert target.fires(0.05), "it was due already"
+
+
+def test_the_alarm_stands_still_in_the_process_that_follows(alarms: Callable[[], Alarm]) -> None:
+    source = alarms()
+    source.set(60_000)
+    source.card.suspend()
+    left = source.card.left
+    source.card.migration.set_state(MigrationState.STOP)
+    target = _successor(alarms, source)
+    assert target.card.left == left, "neither the death nor a second reason costs time"
+    target.card.migration.set_state(MigrationState.RUNNING)
+    assert (target.card.due, target.card.left) == (0, left), "it is suspended yet"
+    target.card.resume()
+    assert 0 < target.card.due - time.monotonic_ns() <= left
+
+
+def test_an_alarm_that_has_come_by_migration_survives_too(alarms: Callable[[], Alarm]) -> None:
+    source, target = alarms(), alarms()
+    source.set(100)
+    source.card.migration.set_state(MigrationState.STOP_COPY)
+    target.card.migration.set_state(MigrationState.RESUMING)
+    target.card.migration.write(source.card.migration.read(100))
+    target.card.migration.set_state(MigrationState.STOP)
+    last = _successor(alarms, target)
+    assert not last.fires(0.2)
+    last.card.migration.set_state(MigrationState.RUNNING)
+    assert last.fires()
 
 
 def _fails_as_it_must(card: Any, example: dict[str, Any]) -> None:

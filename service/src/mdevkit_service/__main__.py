@@ -44,29 +44,34 @@ def main() -> int:
     """Run the service until it is told to end; 0 also when one runs already."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     try:
-        options = _parser().parse_args()
-        if options.again:
-            options = _parser().parse_args(["--socket", str(options.socket), *remembered(options.socket.parent)])
-        settings = _settings(options)
+        where, words = _where().parse_known_args()
+        if where.again:
+            words = remembered(where.socket.parent)
+        settings = _settings(_parser().parse_args(words), where.socket)
         settings.make_folders()
         with contextlib.ExitStack() as stack:
             lock = _lock(settings)
             if lock is None:
                 return 0
-            remember(settings.runtime, _words(options))
             stack.callback(os.close, lock)
             zygote = forker.spawn(host_environment(settings.shared))
-            return _serve(settings, zygote)
+            return _serve(settings, zygote, words)
     except MdevError as error:
         # The last line, without a time before it: whoever started us shows it to the user.
         sys.stderr.write(f"{error}\n")
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mdevkit_service", description="The resident service of mdevkit.")
+def _where() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mdevkit_service", add_help=False, allow_abbrev=False)
     parser.add_argument("--socket", type=Path, required=True, help="where to listen; its folder is the runtime folder")
     parser.add_argument("--again", action="store_true", help="with the options the last service there had, and no others")
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Return the parser of what is remembered for a service that is started again."""
+    parser = argparse.ArgumentParser(prog="mdevkit_service", description="The resident service of mdevkit.")
     parser.add_argument("--definitions", type=Path, help="root of the definitions")
     parser.add_argument("--group", help="group whose members may use a service of root's")
     parser.add_argument("--host-user", help="whom hosts of a service of root's run as")
@@ -75,22 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _words(options: argparse.Namespace) -> list[str]:
-    """Return what it takes to start a service with these options again, beside the socket."""
-    given = {
-        "--definitions": options.definitions and options.definitions.absolute(),
-        "--group": options.group,
-        "--host-user": options.host_user,
-        "--endpoint-owner": options.endpoint_owner,
-        "--endpoint-mode": f"{options.endpoint_mode:o}" if options.endpoint_mode != ENDPOINT_MODE else None,
-    }
-    return [str(word) for pair in given.items() if pair[1] is not None for word in pair]
-
-
-def _settings(options: argparse.Namespace) -> Settings:
+def _settings(options: argparse.Namespace, path: Path) -> Settings:
     """Return the settings; EPERM for those only root can keep."""
     settings = Settings(
-        socket=options.socket.absolute(),
+        socket=path.absolute(),
         definitions=(options.definitions or default_definitions()).absolute(),
         group=options.group,
         host_user=options.host_user,
@@ -117,7 +110,7 @@ def _lock(settings: Settings) -> int | None:
     raise MdevError(errno.EAGAIN, f"another service holds {settings.runtime} and does not answer", settings.runtime)
 
 
-def _serve(settings: Settings, zygote: tuple[socket.socket, Popen[bytes]]) -> int:
+def _serve(settings: Settings, zygote: tuple[socket.socket, Popen[bytes]], words: list[str]) -> int:
     # Imported while the zygote imports what it needs: half a second each.
     from mdevkit_service import server
 
@@ -125,6 +118,8 @@ def _serve(settings: Settings, zygote: tuple[socket.socket, Popen[bytes]]) -> in
     passed = server.inherited()
     # Clients may connect from now on; they are answered when we have got so far.
     listener = passed or server.bind(settings.socket, group)
+    # Not before it is certain that they can be used.
+    remember(settings.runtime, words)
     try:
         asyncio.run(_run(settings, zygote, listener, group))
     finally:

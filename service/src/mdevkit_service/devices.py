@@ -343,10 +343,12 @@ class Devices:
 
     async def power(self, uuid: str, op: str) -> None:
         """Suspend or resume a device, and remember it."""
-        suspended = await self.call(uuid, op)
         host = self._host(self._entry(uuid))
-        if host is not None:
-            host.suspended = set(suspended)
+        try:
+            await self.call(uuid, op)
+        finally:
+            if host is not None:
+                await host.note_suspended()
 
     async def set_attributes(self, uuid: str, values: dict[str, str], peer: Peer | None) -> None:
         """Store attributes, all or none, and remember those a new device must be given again."""
@@ -383,7 +385,9 @@ class Devices:
 
     def _bound(self, uuid: str, facts: dict[str, Any], driver: str | None) -> Device:
         entry = self._entry(uuid)
-        record = entry.record
+        record, host = entry.record, self._host(entry)
+        if host is not None and not facts["suspended"]:
+            host.suspended.discard(record.uuid)
         record.bind, record.driver, record.driver_override = facts["driver"] is not None, driver, facts["driver_override"]
         self._remember(entry)
         return self._device(entry, facts)
@@ -419,7 +423,8 @@ class Devices:
         for name in sorted(host.suspended - found, key=host.parents.__contains__):
             try:
                 whom: dict[str, Any] = {"parent": name} if name in host.parents else {"uuid": name}
-                found.update(await link.call("suspend", **whom))
+                await link.call("suspend", **whom)
+                found.add(name)
             except HostDiedError:
                 raise
             except MdevError as error:

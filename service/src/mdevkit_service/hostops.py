@@ -54,6 +54,7 @@ class HostOps:
             "override": self.override,
             "suspend": self.suspend,
             "resume": self.resume,
+            "suspended": self.suspended,
             "counters": self.counters,
             "drivers": self.drivers,
             "refresh": self.refresh,
@@ -256,17 +257,16 @@ class HostOps:
         self._note(mdev, bind=False, driver=None)
         return describe(mdev)
 
-    def suspend(self, uuid: str | None = None, parent: str | None = None) -> list[str]:
-        """Suspend a device, a parent with its devices, or everything here; returns what is suspended now."""
+    def suspend(self, uuid: str | None = None, parent: str | None = None) -> None:
+        """Suspend a device, a parent with its devices, or everything here."""
         self._registry.suspend(uuid or parent)
-        return self._suspended()
 
-    def resume(self, uuid: str | None = None, parent: str | None = None) -> list[str]:
-        """Resume what `suspend` has suspended; returns what still is."""
+    def resume(self, uuid: str | None = None, parent: str | None = None) -> None:
+        """Resume what `suspend` has suspended."""
         self._registry.resume(uuid or parent)
-        return self._suspended()
 
-    def _suspended(self) -> list[str]:
+    def suspended(self) -> list[str]:
+        """Return the devices and parents that are suspended."""
         devices = [mdev.name for mdev in self._registry.mdevs if mdev.suspended]
         return devices + [parent.name for parent in self._registry.parents if parent.suspended]
 

@@ -207,7 +207,7 @@ class Hosts:
         self._outdated.discard(host)
         new = self._add(host.key) if host.plugins else host
         # Who asks for one of its parents meanwhile waits for it.
-        new.plugins, new.parents = host.plugins, host.parents
+        new.plugins, new.parents, new.suspended = host.plugins, host.parents, host.suspended
         for parent in [parent for parent, its in self._parents.items() if its is host]:
             del self._parents[parent]
             if host.plugins:

@@ -6,7 +6,7 @@ one resumes the others.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mdevkit.errors import MdevError
 
@@ -25,7 +25,7 @@ async def suspend(hosts: Hosts, devices: Devices, power: Power) -> None:
     done: list[HostProcess] = []
     try:
         for host in hosts.running():
-            host.suspended = set(await host.call("suspend"))
+            await _change(host, "suspend")
             done.append(host)
     except MdevError:
         await _resume_all(done)
@@ -47,15 +47,21 @@ async def _ask_one(hosts: Hosts, devices: Devices, power: Power, op: str) -> Non
         await devices.power(power.device, op)
         return
     assert power.parent is not None
-    host = hosts.known(power.parent)
-    host.suspended = set(await host.call(op, parent=power.parent))
+    await _change(hosts.known(power.parent), op, parent=power.parent)
+
+
+async def _change(host: HostProcess, op: str, **whom: Any) -> None:
+    try:
+        await host.call(op, **whom)
+    finally:
+        await host.note_suspended()
 
 
 async def _resume_all(hosts: list[HostProcess]) -> list[MdevError]:
     errors = []
     for host in reversed(hosts):
         try:
-            host.suspended = set(await host.call("resume"))
+            await _change(host, "resume")
         except MdevError as error:  # the others must come back all the same
             errors.append(error)
     return errors

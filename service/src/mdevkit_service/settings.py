@@ -141,7 +141,7 @@ def remember(runtime: Path, options: Sequence[str]) -> None:
     try:
         if not options:
             note.unlink(missing_ok=True)
-        elif list(options) != remembered(runtime):
+        else:
             fresh = note.with_suffix(".tmp")
             fresh.write_bytes(msgspec.json.encode(options))
             fresh.replace(note)

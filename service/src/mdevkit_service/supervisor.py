@@ -132,6 +132,12 @@ class HostProcess:
             raise MdevError(errno.EIO, f"host {self.key} does not run: {self.error}", self.key)
         return await self._link.call(op, about=about, peer=peer, **arguments)
 
+    async def note_suspended(self) -> None:
+        """Find out what is suspended now, after an operation that may have failed half-way. A host older than us cannot tell."""
+        with suppress(MdevError):
+            told = await self.call("suspended")
+            self.suspended = {name for name in told if isinstance(name, str)}
+
     async def _wait_settled(self) -> None:
         try:
             await asyncio.wait_for(self.settled(), _PATIENCE)

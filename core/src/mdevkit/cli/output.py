@@ -93,9 +93,12 @@ class _Output(io.FileIO):
     def write(self, data: ReadableBuffer, /) -> int:
         """Write, as any file; an `MdevError` when it cannot be done, BrokenPipeError when nobody reads any more."""
         try:
-            return super().write(data)
+            written: int | None = super().write(data)
         except OSError as error:
             raise unwritable(error) from None
+        if written is None:  # somebody has made it non-blocking, and it is full
+            raise unwritable(OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
+        return written
 
 
 def unwritable(error: OSError) -> OSError:

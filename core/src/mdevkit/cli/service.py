@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import select
 import subprocess
@@ -56,7 +57,7 @@ def start(
         if error.errno != errno.ECONNREFUSED:
             raise
     else:
-        if options:
+        if options and options != _remembered(path):
             message = f"the service runs at {path} already, with its own options: mdevkit service stop, then start; devices go on"
             raise MdevError(errno.EBUSY, message)
         say(f"the service runs at {path}")
@@ -66,6 +67,14 @@ def start(
     with Client(path, start=False) as service:
         service.get("/v1/hosts")
     say(f"the service runs at {path}")
+
+
+def _remembered(path: str) -> object:
+    """Return with which options the service at `path` was started, as it has noted them; None when it had none."""
+    try:
+        return json.loads(Path(path).with_name("options.json").read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 @command.command("stop")

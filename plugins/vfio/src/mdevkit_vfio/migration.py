@@ -214,9 +214,9 @@ class Migration:
         if flags & 2:
             self._incoming = _Incoming(self._size(), len(self._header()), self._check_header)
             self._incoming.write(data)
-        self._notify("resume" if self._state in _RUNS else "stop")
         if self._state in _RUNS and self._state not in _INITIATES:
             self._notify("quiesce")
+        self._notify("resume" if self._state in _RUNS else "stop")
 
     # -- arcs -------------------------------------------------------------------------------------------------------
 
