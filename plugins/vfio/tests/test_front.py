@@ -75,7 +75,7 @@ def test_a_request_made_while_there_is_no_process_waits(nursery, bar):
 def test_a_client_that_waits_for_nothing_is_not_held_up(nursery, bar, until):
     bar.read_int(TICKET, 4)
     nursery.replace()
-    until(lambda: "it goes on after" in nursery.log)
+    until(lambda: "it goes on after" in nursery.log, timeout=20)
     assert bar.read_int(TICKET, 4) == 2
     assert nursery.log.count("it goes on after") == 1
 
