@@ -526,6 +526,12 @@ class Nursery:
         self.process.stdout.close()
 
 
+def _listens(path):
+    """Whether a socket has got past bind(2), which makes its file: __SO_ACCEPTCON is set (proc_pid_net(5), unix)."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return any(line.endswith(f" {path}") and line.split()[3] == "00010000" for line in lines)
+
+
 @pytest.fixture
 def make_nursery(folder, until):
     nurseries = []
@@ -534,7 +540,7 @@ def make_nursery(folder, until):
         nursery = Nursery(folder, **options)
         nurseries.append(nursery)
         nursery.start()
-        until(nursery.path.exists)
+        until(lambda: _listens(nursery.path))
         return nursery
 
     yield make
