@@ -132,12 +132,18 @@ def test_the_alarm_stands_still_while_it_is_suspended_or_migrates(alarms: Callab
     assert alarm.fires()
 
 
-def test_the_alarm_fires_where_it_has_migrated_to(alarms: Callable[[], Alarm]) -> None:
+def _migrating(alarms: Callable[[], Alarm]) -> tuple[Alarm, Alarm]:
+    """A card whose alarm is set, and one that has got all of its stream and not been started yet."""
     source, target = alarms(), alarms()
     source.set(SOON)
     source.card.migration.set_state(MigrationState.STOP_COPY)
     target.card.migration.set_state(MigrationState.RESUMING)
     target.card.migration.write(source.card.migration.read(100))
+    return source, target
+
+
+def test_the_alarm_fires_where_it_has_migrated_to(alarms: Callable[[], Alarm]) -> None:
+    source, target = _migrating(alarms)
     target.card.migration.set_state(MigrationState.RUNNING)
     assert target.fires()
     assert not source.fires(0.2)
@@ -178,11 +184,7 @@ def test_the_alarm_stands_still_in_the_process_that_follows(alarms: Callable[[],
 
 
 def test_an_alarm_that_has_come_by_migration_survives_too(alarms: Callable[[], Alarm]) -> None:
-    source, target = alarms(), alarms()
-    source.set(SOON)
-    source.card.migration.set_state(MigrationState.STOP_COPY)
-    target.card.migration.set_state(MigrationState.RESUMING)
-    target.card.migration.write(source.card.migration.read(100))
+    _, target = _migrating(alarms)
     target.card.migration.set_state(MigrationState.STOP)
     last = _successor(alarms, target)
     assert not last.fires(0.2)
